@@ -28,13 +28,13 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3437,
+    "ncsn/core": 3323,
     "ncsn/data": 3106,
     "ncsn/evaluation": 2419,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 4351,
-    "ncsn/model": 1314,
+    "ncsn/model": 1310,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1888,
+    "ncsn/config": 1867,
     "ncsn/cli": 1857,
     "ncsn/tracking": 1482,
     "ncsn/report": 1047,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 518,
-    "tests": 26056,
+    "tests": 25993,
 }
-MOST_WORDS = 20653
+MOST_WORDS = 20622
 
 
 def _name(path: Path) -> str:

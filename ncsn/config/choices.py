@@ -32,17 +32,6 @@ class NcsnNetworkConfig(Section):
     """Channels of the first stage: 128 for CIFAR-10, 64 for MNIST."""
 
 
-class NcsnV2NetworkConfig(Section):
-    """The network of NCSNv2 (Song & Ermon 2020): unconditional, its output divided by sigma."""
-
-    kind: Literal["ncsnv2"]
-    """The network of the 2020 paper."""
-    num_features: int = Field(128, ge=4, le=1024)
-    """Channels of the first stage; the paper uses 128."""
-    depth: Literal["standard", "deeper", "deepest"] = "standard"
-    """For images up to 64 (standard), 128 (deeper) or 256 pixels (deepest)."""
-
-
 class UnetNetworkConfig(Section):
     """A compact U-Net with the preconditioning of Karras et al. 2022."""
 
@@ -83,9 +72,7 @@ class DdpmppNetworkConfig(Section):
     """Standard deviation of the pixels, which are in [0, 1], for the preconditioning."""
 
 
-NetworkConfig = Annotated[
-    NcsnNetworkConfig | NcsnV2NetworkConfig | UnetNetworkConfig | DdpmppNetworkConfig, Field(discriminator="kind")
-]
+NetworkConfig = Annotated[NcsnNetworkConfig | UnetNetworkConfig | DdpmppNetworkConfig, Field(discriminator="kind")]
 
 
 MOST_WEIGHT = 100

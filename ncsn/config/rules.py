@@ -9,13 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ncsn.config.choices import (
-    ClassifierFreeConfig,
-    DdpmppNetworkConfig,
-    NcsnNetworkConfig,
-    NcsnV2NetworkConfig,
-    UnetNetworkConfig,
-)
+from ncsn.config.choices import ClassifierFreeConfig, NcsnNetworkConfig, UnetNetworkConfig
 from ncsn.config.problems import leaves, problems
 from ncsn.config.schema import MOST_IMAGES, Config
 from ncsn.config.training import ConsistencyLossConfig, LevelsConfig, LognormalTraining
@@ -25,7 +19,6 @@ from ncsn.errors import ConfigError, Problem, UserError
 _WEIGHTS = {"inception": "weights-inception-2015-12-05-6726825d.pth", "dinov2": "dinov2_vitl14_pretrain.pth"}  # files
 # Or a token, which is a user without one.
 _PASSWORD = re.compile(r"^https?://[^/\s]*@|://[^/\s]*:[^/\s]*@|://.*[?&][^=]*(password|token|signature)=", re.I)
-_HALVINGS = {"standard": 1, "deeper": 2, "deepest": 3}
 _ANY_SIGMA = "needs a network that takes any sigma, but network.kind = ncsn knows only its own noise levels"
 
 
@@ -62,10 +55,9 @@ def _network(config: Config) -> Iterator[Problem]:
     data, network = config.data, config.network
     *sides, _ = data.stored_shape
     size, given_size = min(sides), data.image_size if isinstance(data.image_size, int) else sides
-    told = isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig)
     given = {"data.num_classes": data.num_classes is not None, "data.augmentation": data.augmentation is not None}
-    for key in (key for key, is_given in given.items() if is_given and not told):
-        reason = f"needs a network that is told about it, but network.kind = {network.kind} is not"
+    for key in (key for key, is_given in given.items() if is_given and isinstance(network, NcsnNetworkConfig)):
+        reason = "needs a network that is told about it, but network.kind = ncsn is not"
         yield Problem(key, reason, "use network.kind = unet or ddpmpp, or null")
     if data.augmentation is not None and data.horizontal_flip:
         reason = "mirrors images without telling the network, but data.augmentation mirrors them and tells it"
@@ -86,29 +78,28 @@ def _network(config: Config) -> Iterator[Problem]:
         elif low >= high or (data.dtype == "uint16" and not whole):
             needed = "two whole numbers from 0 to 65535, " if data.dtype == "uint16" else ""
             yield Problem("data.value_range", f"is not {needed}[low, high] with low < high", value=[low, high])
-    if isinstance(network, UnetNetworkConfig | DdpmppNetworkConfig):
-        if isinstance(network, UnetNetworkConfig):
-            key, widths, halved, sizes = "widths", network.widths, "halved", [size]
-            while len(sizes) < len(widths):
-                sizes.append((sizes[-1] + 1) // 2)
-            most = sizes.index(1) + 1 if sizes[:-1].count(1) else len(sizes)
-            hint = f"use at most {most} {key}"
-        else:
-            key, widths, halved = "multipliers", network.multipliers, "divided by 2"
-            sizes = [size >> depth for depth in range(len(widths))]
-            most = (math.gcd(*sides) & -math.gcd(*sides)).bit_length()
-            hint = f"use at most {most} {key}, or data.image_size = {_nearest(sides, 2 ** (len(widths) - 1))}"
-        if len(sizes) > most:
-            reason = f"too many: data.image_size = {given_size} can be {halved} only {most - 1} times"
-            yield Problem(f"network.{key}", reason, hint, list(widths))
-        elif missing := sorted(set(network.attention_sizes) - set(sizes)):
-            reason = f"no feature map has size {missing}; with data.image_size = {given_size} they have sizes {sizes}"
-            yield Problem("network.attention_sizes", reason, "use some of these")
+    if isinstance(network, NcsnNetworkConfig):
+        if math.gcd(*sides) % 2:
+            reason = "not divisible by 2, which network.kind = ncsn needs"
+            yield Problem("data.image_size", reason, f"use {_nearest(sides, 2)}", given_size)
         return
-    step = 2 ** (_HALVINGS[network.depth] if isinstance(network, NcsnV2NetworkConfig) else 1)
-    if math.gcd(*sides) % step:
-        reason = f"not divisible by {step}, which network.kind = {network.kind} needs"
-        yield Problem("data.image_size", reason, f"use {_nearest(sides, step)}", given_size)
+    if isinstance(network, UnetNetworkConfig):
+        key, widths, halved, sizes = "widths", network.widths, "halved", [size]
+        while len(sizes) < len(widths):
+            sizes.append((sizes[-1] + 1) // 2)
+        most = sizes.index(1) + 1 if sizes[:-1].count(1) else len(sizes)
+        hint = f"use at most {most} {key}"
+    else:
+        key, widths, halved = "multipliers", network.multipliers, "divided by 2"
+        sizes = [size >> depth for depth in range(len(widths))]
+        most = (math.gcd(*sides) & -math.gcd(*sides)).bit_length()
+        hint = f"use at most {most} {key}, or data.image_size = {_nearest(sides, 2 ** (len(widths) - 1))}"
+    if len(sizes) > most:
+        reason = f"too many: data.image_size = {given_size} can be {halved} only {most - 1} times"
+        yield Problem(f"network.{key}", reason, hint, list(widths))
+    elif missing := sorted(set(network.attention_sizes) - set(sizes)):
+        reason = f"no feature map has size {missing}; with data.image_size = {given_size} they have sizes {sizes}"
+        yield Problem("network.attention_sizes", reason, "use some of these")
 
 
 def _nearest(sides: Sequence[int], step: int) -> str:
@@ -123,8 +114,8 @@ def _training(config: Config) -> Iterator[Problem]:
     workers = compute.max_workers
     if isinstance(config.noise.training, LognormalTraining) and isinstance(network, NcsnNetworkConfig):
         yield Problem("noise.training.kind", _ANY_SIGMA, "use levels, or another network.kind", "lognormal")
-    if loss.weighting in ("edm", "learned") and not hasattr(network, "sigma_data"):
-        reason = f"needs network.sigma_data, which network.kind = {network.kind} does not have"
+    if loss.weighting in ("edm", "learned") and isinstance(network, NcsnNetworkConfig):
+        reason = "needs network.sigma_data, which network.kind = ncsn does not have"
         yield Problem("loss.weighting", reason, "use power, or network.kind = unet", loss.weighting)
     if train.num_images < train.batch_size:
         reason = f"less than one batch: train.batch_size = {train.batch_size}"
@@ -193,7 +184,7 @@ def _sampling(config: Config) -> Iterator[Problem]:
     sampler, training = sampling.sampler, config.noise.training
     if sampler.any_sigma is not None and isinstance(config.network, NcsnNetworkConfig):
         setting, instead = sampler.any_sigma
-        hint = f"use {instead}, or network.kind = ncsnv2, unet or ddpmpp"
+        hint = f"use {instead}, or network.kind = unet or ddpmpp"
         yield Problem(f"sampling.sampler.{setting}", _ANY_SIGMA, hint, getattr(sampler, setting))
     if sampling.levels is not None and not isinstance(training, LognormalTraining):
         reason = f"needs a network trained at any sigma, but noise.training.kind = {training.kind}"
@@ -242,7 +233,8 @@ _MOST_POWER = 2**14  # then t - r, about t / 2^14, has half the digits of float3
 
 def _consistency(config: Config) -> Iterator[Problem]:
     """Of a loss and a sampler that are for each other, and for networks that are told the spread of the images."""
-    loss, sampler, noise, train = config.loss, config.sampling.sampler, config.noise, config.train
+    loss, network, sampler = config.loss, config.network, config.sampling.sampler
+    noise, train = config.noise, config.train
     if not isinstance(loss, ConsistencyLossConfig):
         if isinstance(sampler, Consistency):
             reason = f"needs a network that loss.kind = consistency has tuned, not {loss.kind}"
@@ -257,8 +249,8 @@ def _consistency(config: Config) -> Iterator[Problem]:
     if (power := loss.q**loss.stages) > _MOST_POWER:
         reason = f"q^stages = {power:.4g}, and above {_MOST_POWER} the levels of a pair are equal but for rounding"
         yield Problem("loss.stages", reason, "use 8 with q = 2, or 1 with q = 256", loss.stages)
-    if not hasattr(config.network, "sigma_data"):
-        reason = f"needs network.sigma_data, which network.kind = {config.network.kind} does not have"
+    if isinstance(network, NcsnNetworkConfig):
+        reason = "needs network.sigma_data, which network.kind = ncsn does not have"
         yield Problem("loss.kind", reason, "use network.kind = unet or ddpmpp", loss.kind)
     if not isinstance(noise.training, LognormalTraining):
         reason = f"needs pairs of any noise, but noise.training.kind = {noise.training.kind}"
@@ -275,12 +267,12 @@ def _consistency(config: Config) -> Iterator[Problem]:
     elif loss.guidance is not None and not loss.guidance.sigma_min < loss.guidance.sigma_max:
         reason = f"must be below sigma_max = {loss.guidance.sigma_max:g}"
         yield Problem("loss.guidance.sigma_min", reason, value=loss.guidance.sigma_min)
-    levels, sigma_data = config.sampling.levels or noise, getattr(config.network, "sigma_data", None)
-    if isinstance(sampler, Consistency) and isinstance(levels, LevelsConfig) and sigma_data is not None:
-        given = sampler.placed(sigma_data)
-        if given and not levels.sigma_1 > max(given):
-            reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"
-            yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)
+    if isinstance(network, NcsnNetworkConfig) or not isinstance(sampler, Consistency):
+        return
+    levels, given = config.sampling.levels or noise, sampler.placed(network.sigma_data)
+    if isinstance(levels, LevelsConfig) and given and not levels.sigma_1 > max(given):
+        reason = f"has {max(given):.4g}, which is not below sigma_1 = {levels.sigma_1:g}, where sampling starts"
+        yield Problem("sampling.sampler.sigmas", reason, "raise sigma_1, or set smaller numbers", sampler.sigmas)
 
 
 _RULES = (_addresses, _network, _training, _classes, _sampling, _levels, _consistency)

@@ -63,7 +63,7 @@ def fit(
             torch, whose items are PIL images, arrays [H, W, C] or tensors [C, H, W], alone or each with a label, all of
             one size. Or a folder, an archive, a Parquet file or an s3:// prefix, of any images.
         labels: A class for each image of an array or a dataset, numbers or names [N].
-        network: unet, ddpmpp, ncsnv2 or ncsn; or {"kind": ..., ...} with settings of the section `network` of a config.
+        network: unet, ddpmpp or ncsn; or {"kind": ..., ...} with settings of the section `network` of a config.
             All but a unet have by default the size of their paper, for a GPU.
         hours: When training ends, by the clock, counted from this call; earlier if each image was seen a thousand
             times. It makes one step at least.

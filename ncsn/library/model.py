@@ -20,7 +20,7 @@ from ncsn.config.schema import SamplingConfig
 from ncsn.core.images import eight_bit, to_unit
 from ncsn.core.keyed_random import KeyedNoise, Stream, keyed_uniform
 from ncsn.core.likelihood import LikelihoodOde, hutchinson_probes
-from ncsn.core.networks.base import ContinuousNetwork, PreconditionedNetwork
+from ncsn.core.networks.base import PreconditionedNetwork
 from ncsn.core.samplers.langevin import inpaint
 from ncsn.core.samplers.settings import AnySampler, Sampler
 from ncsn.data.format import MANIFEST
@@ -154,7 +154,7 @@ class ScoreModel:
         network = self._trained.network
         noisy, sigmas = self._noisy(x, sigma)
         pixels, labels = noisy.to(self._device, torch.float32), self._labels(label, len(noisy))
-        if isinstance(network, ContinuousNetwork):
+        if isinstance(network, PreconditionedNetwork):
             found: Tensor = network(pixels, sigma=sigmas, labels=labels)
             return found.to(noisy)
         own = build.sigmas(self._trained.config).to(self._device)

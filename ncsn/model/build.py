@@ -55,10 +55,6 @@ def network(config: Config) -> nn.Module:
                 from ncsn.core.networks.refinenet import NcsnNetwork
 
                 return NcsnNetwork(channels=channels, num_levels=config.levels.num_levels, **own)
-            case "ncsnv2":
-                from ncsn.core.networks.refinenet import NcsnV2Network
-
-                return NcsnV2Network(channels=channels, sigmas=sigmas(config), **own)
             case "unet":
                 from ncsn.core.networks.unet import UnetNetwork
 

@@ -20,7 +20,7 @@ from ncsn.config.schema import MOST_IMAGES, SamplingConfig
 from ncsn.core.images import to_stored
 from ncsn.core.keyed_random import JoinedNoise, KeyedNoise, Stream, keyed_uniform
 from ncsn.core.losses import ScoreFunction
-from ncsn.core.networks.base import ContinuousNetwork
+from ncsn.core.networks.base import PreconditionedNetwork
 from ncsn.core.networks.layers import FUSION
 from ncsn.core.samplers.chain import sample, start, visited
 from ncsn.core.samplers.langevin import Fields
@@ -289,7 +289,7 @@ def score_function(
     if worse is not None:
         # Its own levels may be others.
         guide = _evaluated(worse, bfloat16=bfloat16, compiled=compiled)
-        if isinstance(worse.network, ContinuousNetwork):
+        if isinstance(worse.network, PreconditionedNetwork):
             guide = AtLevels(guide, levels.to(device))
         if labels is not None and worse.config.data.num_classes is not None:
             guide = partial(guide, labels=labels)
@@ -370,7 +370,7 @@ def _require_fitting(trained: TrainedNetwork, guide: TrainedNetwork, uri: str, s
     facts: list[tuple[str, object, object]] = [("pixels", str(one.pixels), str(other.pixels))]
     if trained.classes is not None and guide.classes is not None:
         facts.append(("classes", trained.classes.names, guide.classes.names))
-    if not isinstance(guide.network, ContinuousNetwork):
+    if not isinstance(guide.network, PreconditionedNetwork):
         facts.append(("noise", sampling.levels or trained.config.levels, guide.config.levels))
     for name, wanted, found in facts:
         if wanted != found:

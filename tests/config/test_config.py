@@ -15,7 +15,6 @@ from refused import refused
 
 from ncsn.config import Config, ConfigError, changed_settings, from_yaml, overrides_between, to_json, to_yaml
 from ncsn.config.problems import fields_of, section_models
-from ncsn.core.noise_schedule import best_epsilon
 from ncsn.data.pixels import Fit
 from ncsn.evaluation import evaluation_of
 from ncsn.model import build
@@ -42,17 +41,12 @@ def shipped(name: str) -> Config:
     [
         ("mnist", 7_638_657, 1000),
         ("cifar10_ncsn", 30_117_635, 1000),
-        ("cifar10_ncsnv2", 29_694_083, 1161),
-        ("celeba", 29_694_083, 2501),
     ],
 )
 def test_networks_chains_and_steps_are_the_papers(name: str, parameters: int, nfe: int) -> None:
     config = shipped(name)
-    noise, sampler = config.noise, config.sampling.sampler
-    assert sampler.kind == "annealed_langevin"
-    ratio = (noise.sigma_1 / noise.sigma_L) ** (1 / (noise.num_levels - 1))
-    technique_4 = best_epsilon(sigma_L=noise.sigma_L, ratio=ratio, steps_per_level=sampler.steps_per_level)
-    assert sampler.epsilon == pytest.approx(technique_4 if config.network.kind == "ncsnv2" else 2e-5, rel=0.02)
+    sampler = config.sampling.sampler
+    assert (sampler.kind, sampler.epsilon) == ("annealed_langevin", 2e-5)
     assert sum(parameter.numel() for parameter in build.network(config).parameters()) == parameters
     assert evaluations_per_image(config) == nfe
 
@@ -175,11 +169,10 @@ WRONG = [
     (["noise={sigma_1: 0.01, num_levels: 1}"], "sampling.sampler.kind"),
     ([NCSN, "noise.training={kind: lognormal}"], "noise.training.kind"),
     (["noise.training={kind: lognormal}", "sampling.levels={sigma_1: 0.01, sigma_L: 0.01}"], "sampling.levels.sigma_1"),
-    (["network={kind: ncsnv2}", "loss.weighting=edm"], "loss.weighting"),
+    ([NCSN, "loss.weighting=edm"], "loss.weighting"),
     ([NCSN, "data.image_size=[28,27]"], "data.image_size"),
     (["data.image_size=[32,8]", "network.widths=[8,8,8,8,8]"], "network.widths"),
     (["network={kind: ddpmpp, multipliers: [1, 1, 1], attention_sizes: []}", "data.image_size=[16,18]"], MULTIPLIERS),
-    (["network={kind: ncsnv2, depth: deepest}", "data.image_size=28"], "data.image_size"),
     (["data.num_classes=10", NCSN], "data.num_classes"),
     ([*CLASSES, "sampling.label={a: 9000000, b: 9000000}"], "sampling.label"),
     ([*CLASSES, "export={fill: true, per_class: 10}"], "export.per_class"),
@@ -216,12 +209,18 @@ def test_what_is_wrong_or_does_not_go_together_is_named(overrides: list[str], ke
         from_yaml(DIGITS, overrides=overrides)
 
 
-@pytest.mark.parametrize(("size", "nearest"), [("50", "48 or 56"), ("[30, 33]", "[24, 32] or [32, 40]")])
-def test_the_nearest_sizes_that_a_network_takes_are_named(size: str, nearest: str) -> None:
-    for network in ("{kind: ncsnv2, depth: deepest}", "{kind: ddpmpp, multipliers: [1, 1, 1, 1], attention_sizes: []}"):
-        with pytest.raises(ConfigError) as caught:
-            from_yaml(DIGITS, overrides=[f"data.image_size={size}", f"network={network}"])
-        assert [problem.hint.endswith(nearest) for problem in caught.value.problems] == [True]
+@pytest.mark.parametrize(
+    ("network", "size", "nearest"),
+    [
+        ("{kind: ddpmpp, multipliers: [1, 1, 1, 1], attention_sizes: []}", "50", "48 or 56"),
+        ("{kind: ddpmpp, multipliers: [1, 1, 1, 1], attention_sizes: []}", "[30, 33]", "[24, 32] or [32, 40]"),
+        ("{kind: ncsn}", "[30, 33]", "[30, 32] or [30, 34]"),
+    ],
+)
+def test_the_nearest_sizes_that_a_network_takes_are_named(network: str, size: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_yaml(DIGITS, overrides=[f"data.image_size={size}", f"network={network}"])
+    assert [problem.hint.endswith(nearest) for problem in caught.value.problems] == [True]
 
 
 def test_a_problem_is_blamed_on_the_text_or_on_what_changes_it() -> None:

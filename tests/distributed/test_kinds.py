@@ -27,7 +27,7 @@ SSM = "loss={kind: ssm}"
 ANY_SIGMA = "noise={sigma_1: 8.0, sigma_L: 0.01, num_levels: 6, training: {kind: lognormal, mean: -1.37}}"
 CLASSES = ("data.num_classes=10", "train.label_dropout=0.3", "network.dropout=0.1")
 KINDS = {
-    "ssm": (SSM, ANY_SIGMA, "network={kind: ncsnv2, num_features: 4}"),
+    "ssm": (SSM, ANY_SIGMA),
     "one": (
         "loss={kind: dsm, anneal_power: 0}",
         "noise={sigma_1: 0.1, sigma_L: 0.1, num_levels: 1}",
@@ -68,7 +68,6 @@ def test_resume_is_bitwise(overrides, window, tiny, dataset, tmp_path, monkeypat
         "{kind: unet, widths: [8], embedding_features: 8, attention_sizes: [8], dropout: 0.1}",
         "{kind: ddpmpp, base_width: 8, multipliers: [1], blocks_per_resolution: 1, attention_sizes: [], dropout: 0.1}",
         "{kind: ncsn, num_features: 4}",
-        "{kind: ncsnv2, num_features: 4}",
     ],
 )
 def test_sliced_score_matching_differentiates_every_network_twice(network: str, tiny: str, dataset: str) -> None:

@@ -120,7 +120,7 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
     assert len(start_of(slow, folder, manifest).notes) == 3, "the average stays with the source"
 
 
-@pytest.mark.parametrize("overrides", ["network={kind: ncsnv2, num_features: 4}", "train.init_from=/nowhere/images-1"])
+@pytest.mark.parametrize("overrides", ["network={kind: ncsn, num_features: 4}", "train.init_from=/nowhere/images-1"])
 def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: str) -> None:
     config = experiment(tiny, tmp_path, source, overrides)
     with refused("train.init_from"):

@@ -235,7 +235,7 @@ def test_noise_is_that_of_karras_for_the_spread_of_the_images(choose) -> None:
     assert measured.config.network.sigma_data == pytest.approx(spread, abs=0.005)
     given = choose("noise.training={kind: lognormal, mean: -2}", "noise.sigma_L=0.02").config.noise
     assert (given.training.mean, given.sigma_L) == (-2, 0.02)
-    for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsnv2}"):
+    for levels in ("noise=auto", "noise.training.kind=levels", "loss={kind: ssm}", "network={kind: ncsn}"):
         config = choose(levels).config
         assert (config.noise.kind, config.noise.training.kind) == ("auto", "levels"), levels
 

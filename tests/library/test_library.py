@@ -224,9 +224,9 @@ def test_fit_trains_on_an_array_with_classes(stripes: np.ndarray, tmp_path: Path
 def test_fit_trains_on_a_folder_with_another_network(stripes: np.ndarray, tmp_path: Path) -> None:
     for number, image in enumerate(stripes):
         Image.fromarray(image).save(tmp_path / f"{number}.png")
-    model = fit(tmp_path, network={"kind": "ncsnv2", "num_features": 8}, hours=1e-5, seed=5)
+    model = fit(tmp_path, network={"kind": "ncsn", "num_features": 8}, hours=1e-5, seed=5)
     assert model._trained.config.network.num_features == 8 and model._trained.config.seed == 5
-    assert model.sample(1, sampler=DpmSolver(num_steps=3)).shape == (1, 8, 8, 1)
+    assert model.sample(1, sampler=DpmSolver(num_levels=3)).shape == (1, 8, 8, 1)
 
 
 def test_fit_ends_by_the_clock_and_takes_a_few_images(stripes: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +273,7 @@ def test_what_cannot_be_used_is_refused(stripes: np.ndarray, monkeypatch: pytest
         with refused(key):
             fit(stripes, **settings)
     with refused("image size") as caught:
-        fit(np.pad(stripes, [(0, 0), (0, 1), (0, 1)]), network="ncsnv2")
+        fit(np.pad(stripes, [(0, 0), (0, 1), (0, 1)]), network="ncsn")
     assert not caught.value.problems[0].origin
     monkeypatch.setenv("NCSN_CACHE_DIR", f"{__file__}/cache")
     with refused("NCSN_CACHE_DIR"):

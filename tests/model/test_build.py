@@ -22,7 +22,6 @@ ATTENDING = "blocks_per_resolution: 1, attention_sizes: [12]"
     "network",
     [
         "{kind: ncsn, num_features: 4}",
-        "{kind: ncsnv2, num_features: 4, depth: deepest}",
         f"{{kind: unet, widths: [4, 4, 8], {ATTENDING}}}",
         f"{{kind: ddpmpp, base_width: 8, multipliers: [1, 1, 2], {ATTENDING}}}",
     ],

@@ -33,7 +33,6 @@ CUDA = torch.device("cuda", 0)
 COUNT = 4
 SMALL = {
     "ncsn": ("network.num_features=8",),
-    "ncsnv2": ("network.num_features=8",),
     "unet": ("network.widths=[16, 16]", "network.blocks_per_resolution=1", "network.embedding_features=16"),
     "ddpmpp": ("network.base_width=16", "network.multipliers=[1, 1, 1]", "network.blocks_per_resolution=1"),
 }

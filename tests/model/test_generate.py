@@ -77,10 +77,10 @@ def test_bfloat16_is_the_networks_alone(trained: TrainedNetwork) -> None:
 UNET = "network.widths=[8, 8]"
 DDPMPP = "network={kind: ddpmpp, base_width: 8, multipliers: [1, 2], blocks_per_resolution: 1, attention_sizes: [8]}"
 PLAIN = ("data.num_classes=null", "train.label_dropout=0")
-NCSNV2, NCSN = "network={kind: ncsnv2, num_features: 4}", "network={kind: ncsn, num_features: 4}"
+NCSN = "network={kind: ncsn, num_features: 4}"
 
 
-@pytest.mark.parametrize("overrides", [(UNET,), (DDPMPP,), (NCSNV2, *PLAIN), (NCSN, LANGEVIN, *PLAIN)])
+@pytest.mark.parametrize("overrides", [(UNET,), (DDPMPP,), (NCSN, LANGEVIN, *PLAIN)])
 def test_weights_in_bfloat16_are_those_that_autocast_makes(overrides: tuple[str, ...]) -> None:
     trained = network_of(*overrides)
     x, level = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 5])
@@ -88,7 +88,7 @@ def test_weights_in_bfloat16_are_those_that_autocast_makes(overrides: tuple[str,
         exact = trained.network(x, level)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found, expected = (network(x, level).float() for network in (trained.halved, trained.network))
-    if NCSN in overrides or NCSNV2 in overrides:
+    if NCSN in overrides:
         # On a CPU, a mean-pooling convolution computes with weights before they are cast: another rounding of as much.
         assert 0 < (found - expected).norm() < 2 * (expected - exact).norm()
     else:
@@ -108,7 +108,7 @@ def test_precision_is_that_of_the_training_on_a_gpu_alone(trained: TrainedNetwor
 GUIDED = pytest.param((DDPMPP, HEUN, FREE), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("overrides", [GUIDED, (UNET, HEUN), (NCSNV2, *PLAIN), (NCSN, LANGEVIN, *PLAIN)])
+@pytest.mark.parametrize("overrides", [GUIDED, (UNET, HEUN), (NCSN, LANGEVIN, *PLAIN)])
 def test_a_chain_needs_one_graph(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what samplers call; with another layout, type or mode it would be compiled again."""
     graphs: list[Any] = []
@@ -208,7 +208,7 @@ def saved(trained: TrainedNetwork, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("overrides", [(), (*PLAIN, "network.widths=[8]"), (*PLAIN, NCSNV2), ("noise.num_levels=3",)])
+@pytest.mark.parametrize("overrides", [(), (*PLAIN, "network.widths=[8]"), ("noise.num_levels=3",)])
 def test_another_checkpoint_guides(trained: TrainedNetwork, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     worse = replace(network_of(*overrides, seed=1), moments=trained.moments)  # with which a chain starts
     uri = saved(worse, tmp_path / "worse")

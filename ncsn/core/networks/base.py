@@ -18,55 +18,6 @@ from ncsn.core.networks.layers import KeyedDropout, image_keys
 NUM_LABELS = 9  # of an augmentation, see `ncsn.core.augmentation.augmentation_labels`
 
 
-class ContinuousNetwork(nn.Module):
-    """A score network for any noise level. A subclass has `score_at` with an argument for each of its conditions."""
-
-    sigmas: Tensor  # the levels that samplers visit [L], descending
-    conditions: frozenset[str] = frozenset()  # of the arguments `labels` and `augmentation`, those that it takes
-
-    def forward(
-        self,
-        x: Tensor,
-        level: Tensor | None = None,
-        *,
-        sigma: Tensor | None = None,
-        labels: Tensor | None = None,
-        augmentation: Tensor | None = None,
-        dropout_keys: Tensor | None = None,
-    ) -> Tensor:
-        """Score [B, C, H, W] of noisy images, in 1 / pixel units, by exactly one of level and sigma.
-
-        Args:
-            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
-            level: int64 [B] in 0..L-1, 0 = most noise.
-            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
-            labels: int64 [B], -1 = no class; None for no classes.
-            augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
-            dropout_keys: int32 [B], `image_keys` of the images whose dropout masks it takes; None for those of x.
-        """
-        given = {"labels": labels, "augmentation": augmentation}
-        conditions = {name: value for name, value in given.items() if value is not None}
-        if unknown := sorted(conditions.keys() - self.conditions):
-            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unknown)}")
-        if (level is None) == (sigma is None):
-            raise ValueError("a network takes exactly one of level and sigma")
-        if level is not None:
-            check_levels(level, batch=len(x), num_levels=len(self.sigmas))
-            sigma = self.sigmas[level]
-        assert sigma is not None
-        if sigma.shape != (len(x),) or not sigma.is_floating_point():
-            raise ValueError(
-                f"sigma must be floats of shape [{len(x)}], got {sigma.dtype} of shape {list(sigma.shape)}"
-            )
-        if dropout_keys is not None:
-            conditions["dropout_keys"] = dropout_keys
-        return self.score_at(x, sigma, **conditions)
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score [B, C, H, W] at sigma [B]; `forward` calls it, and subclasses have it."""
-        raise NotImplementedError
-
-
 def check_levels(level: Tensor, *, batch: int, num_levels: int) -> None:
     """Raise ValueError unless `level` is int64 [batch] within 0, ..., num_levels - 1."""
     if level.shape != (batch,) or level.dtype != torch.int64:
@@ -145,14 +96,16 @@ class ConditionTerms(nn.Module):
         return h
 
 
-class PreconditionedNetwork(ContinuousNetwork):
+class PreconditionedNetwork(nn.Module):
     """Score network s(x, sigma) = (D(x; sigma) - x) / sigma^2 with the denoiser D of Karras et al. 2022, eq. 7.
 
-    The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma stand in for x and sigma.
-    Where the network F of a subclass, `_raw`, predicts zero, the score is that of a Gaussian around mid-gray with
-    standard deviation `sigma_data` per pixel.
+    It takes any noise level. The paper's formulas hold for pixels in [-1, 1], so here x' = 2x - 1 and sigma' = 2 sigma
+    stand in for x and sigma. Where the network F of a subclass, `_raw`, predicts zero, the score is that of a Gaussian
+    around mid-gray with standard deviation `sigma_data` per pixel.
     """
 
+    sigmas: Tensor  # the levels that samplers visit [L], descending
+    conditions: frozenset[str] = frozenset()  # of the arguments `labels` and `augmentation`, those that it takes
     full_precision: ClassVar[tuple[str, ...]] = ()  # names, or their beginnings, of layers that autocast never narrows
     condition_reader: ClassVar[str]  # name of the linear layer that takes the features with the terms of conditions
     image_layers: tuple[str, str]  # names of the first and the last convolution
@@ -161,6 +114,44 @@ class PreconditionedNetwork(ContinuousNetwork):
         super().__init__()
         self.sigma_data, self.dropout = sigma_data, dropout
         self.register_buffer("sigmas", sigmas.detach().clone().float())
+
+    def forward(
+        self,
+        x: Tensor,
+        level: Tensor | None = None,
+        *,
+        sigma: Tensor | None = None,
+        labels: Tensor | None = None,
+        augmentation: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
+    ) -> Tensor:
+        """Score [B, C, H, W] of noisy images, in 1 / pixel units, by exactly one of level and sigma.
+
+        Args:
+            x: [B, C, H, W] noisy images, clean pixels in [0, 1].
+            level: int64 [B] in 0..L-1, 0 = most noise.
+            sigma: [B] positive noise standard deviations in units of pixels in [0, 1].
+            labels: int64 [B], -1 = no class; None for no classes.
+            augmentation: [B, 9], see `ncsn.core.augmentation`; None for nothing.
+            dropout_keys: int32 [B], `image_keys` of the images whose dropout masks it takes; None for those of x.
+        """
+        given = {"labels": labels, "augmentation": augmentation}
+        conditions = {name: value for name, value in given.items() if value is not None}
+        if unknown := sorted(conditions.keys() - self.conditions):
+            raise ValueError(f"{type(self).__name__} does not take {' and '.join(unknown)}")
+        if (level is None) == (sigma is None):
+            raise ValueError("a network takes exactly one of level and sigma")
+        if level is not None:
+            check_levels(level, batch=len(x), num_levels=len(self.sigmas))
+            sigma = self.sigmas[level]
+        assert sigma is not None
+        if sigma.shape != (len(x),) or not sigma.is_floating_point():
+            raise ValueError(
+                f"sigma must be floats of shape [{len(x)}], got {sigma.dtype} of shape {list(sigma.shape)}"
+            )
+        if dropout_keys is not None:
+            conditions["dropout_keys"] = dropout_keys
+        return self.score_at(x, sigma, **conditions)
 
     def score_at(
         self,
@@ -171,7 +162,7 @@ class PreconditionedNetwork(ContinuousNetwork):
         augmentation: Tensor | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
-        """Score at any noise level, float32 also under autocast; see `ContinuousNetwork.forward`."""
+        """Score at any noise level, float32 also under autocast; see `forward`."""
         sigma2x = 2 * sigma
         variance = (sigma2x.square() + (2 * self.sigma_data) ** 2)[:, None, None, None]
         x2x = 2 * x - 1

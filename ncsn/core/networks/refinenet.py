@@ -1,24 +1,20 @@
-"""The RefineNets of NCSN (2019, appendix A) and NCSNv2 (2020, appendix A).
+"""The RefineNet of NCSN (2019, appendix A).
 
 Modules are registered in the order of the released code, because its optimizer states number parameters by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ncsn.core.networks.base import ContinuousNetwork, check_levels
+from ncsn.core.networks.base import check_levels
 from ncsn.core.networks.layers import EPS, group_norm_by_image
 from ncsn.errors import InvalidValue
-
-# Number of channels -> a normalization module whose forward takes (x, level).
-NormFactory = Callable[[int], nn.Module]
 
 
 def instance_norm_plus(x: Tensor, *, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -57,20 +53,6 @@ class ConditionalInstanceNormPlus(nn.Module):
         return instance_norm_plus(x, gamma=gamma, alpha=alpha, beta=beta)
 
 
-class InstanceNormPlus(nn.Module):
-    """Instance normalization++ with one set of parameters for all noise levels (NCSNv2)."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.empty(num_features).normal_(1.0, 0.02))
-        self.gamma = nn.Parameter(torch.empty(num_features).normal_(1.0, 0.02))
-        self.beta = nn.Parameter(torch.zeros(num_features))
-
-    def forward(self, x: Tensor, _level: Tensor) -> Tensor:
-        """Normalize x [B, C, H, W], the same at every level."""
-        return instance_norm_plus(x, gamma=self.gamma, alpha=self.alpha, beta=self.beta)
-
-
 def elu(x: Tensor) -> Tensor:
     """Compute x where x is positive, else exp(x) - 1."""
     # PyTorch's elu saves its argument. This one saves its result, which the next layer saves too, and its backward pass
@@ -95,9 +77,6 @@ class _Elu(torch.autograd.Function):
         return x_gradient
 
 
-Pool = Callable[[Tensor], Tensor]
-
-
 def average_pool(x: Tensor) -> Tensor:
     """5x5 mean with stride 1, over zeros outside the map too; NCSN's chained pooling."""
     if x.device.type != "cpu":
@@ -105,13 +84,6 @@ def average_pool(x: Tensor) -> Tensor:
     # On a CPU PyTorch's pooling takes 10 times as long as a convolution with ones, and its backward pass 20 times.
     channels = x.shape[1]
     return functional.conv2d(x, x.new_ones(1, 1, 5, 5).expand(channels, 1, 5, 5), padding=2, groups=channels) / 25
-
-
-def max_pool(x: Tensor) -> Tensor:
-    """5x5 maximum with stride 1; NCSNv2's chained pooling."""
-    # On a CPU the NCHW kernel is 10 times slower than the channels-last one and both reorderings.
-    x = x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
-    return functional.max_pool2d(x, kernel_size=5, stride=1, padding=2).contiguous()
 
 
 def conv3x3(in_channels: int, out_channels: int, *, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -146,7 +118,7 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+        self, in_channels: int, out_channels: int, *, num_levels: int, down: bool = False, dilation: int | None = None
     ) -> None:
         super().__init__()
         assert down or in_channels == out_channels
@@ -155,7 +127,7 @@ class ResidualBlock(nn.Module):
         conv2 = conv3x3(middle, out_channels, dilation=spread)
         halves = down and dilation is None
         self.conv1 = conv3x3(in_channels, middle, dilation=spread)
-        self.normalize2 = norm(middle)
+        self.normalize2 = ConditionalInstanceNormPlus(middle, num_levels=num_levels)
         self.conv2 = _PooledConv(conv2) if halves else conv2
         if halves:
             self.shortcut: nn.Module | None = _PooledConv(nn.Conv2d(in_channels, out_channels, kernel_size=1))
@@ -163,7 +135,7 @@ class ResidualBlock(nn.Module):
             self.shortcut = conv3x3(in_channels, out_channels, dilation=spread)
         else:
             self.shortcut = None
-        self.normalize1 = norm(in_channels)
+        self.normalize1 = ConditionalInstanceNormPlus(in_channels, num_levels=num_levels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, in_channels, H, W] at level int64 [B]."""
@@ -176,10 +148,10 @@ class ResidualStage(nn.ModuleList):
     """Two residual blocks, of which the first may change channels and size."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, norm: NormFactory, down: bool = False, dilation: int | None = None
+        self, in_channels: int, out_channels: int, *, num_levels: int, down: bool = False, dilation: int | None = None
     ) -> None:
-        first = ResidualBlock(in_channels, out_channels, norm=norm, down=down, dilation=dilation)
-        super().__init__([first, ResidualBlock(out_channels, out_channels, norm=norm, dilation=dilation)])
+        first = ResidualBlock(in_channels, out_channels, num_levels=num_levels, down=down, dilation=dilation)
+        super().__init__([first, ResidualBlock(out_channels, out_channels, num_levels=num_levels, dilation=dilation)])
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, in_channels, H, W] at level int64 [B]."""
@@ -188,23 +160,16 @@ class ResidualStage(nn.ModuleList):
         return x
 
 
-class _NoNorm(nn.Module):
-    def __init__(self, num_features: int) -> None:  # noqa: ARG002 - as a normalization
-        super().__init__()
-
-    def forward(self, x: Tensor, _level: Tensor) -> Tensor:
-        return x
-
-
 class ResidualConvUnit(nn.Module):
     """RCU: blocks of x + conv(ELU(norm(conv(ELU(norm(x)))))), without biases."""
 
-    def __init__(self, channels: int, *, num_blocks: int, norm: NormFactory) -> None:
+    def __init__(self, channels: int, *, num_blocks: int, num_levels: int) -> None:
         super().__init__()
         self.num_blocks = num_blocks
         for block in range(1, num_blocks + 1):
             for stage in (1, 2):
-                self.add_module(f"{block}_{stage}_norm", norm(channels))
+                norm = ConditionalInstanceNormPlus(channels, num_levels=num_levels)
+                self.add_module(f"{block}_{stage}_norm", norm)
                 self.add_module(f"{block}_{stage}_conv", conv3x3(channels, channels, bias=False))
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
@@ -221,17 +186,19 @@ class ResidualConvUnit(nn.Module):
 class _ConvsThenNorms(nn.Module):
     """Pairs of a normalization and a convolution, registered convolutions first."""
 
-    def __init__(self, convs: Sequence[nn.Conv2d], *, norm: NormFactory) -> None:
+    def __init__(self, convs: Sequence[nn.Conv2d], *, num_levels: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(norm(conv.in_channels) for conv in convs)
+        self.norms = nn.ModuleList(
+            ConditionalInstanceNormPlus(conv.in_channels, num_levels=num_levels) for conv in convs
+        )
 
 
 class MultiScaleFusion(_ConvsThenNorms):
     """MSF: the sum of conv(norm(x_k)), each resized to one size by bilinear interpolation with aligned corners."""
 
-    def __init__(self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory) -> None:
-        super().__init__([conv3x3(channels, out_channels) for channels in in_channels], norm=norm)
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, num_levels: int) -> None:
+        super().__init__([conv3x3(channels, out_channels) for channels in in_channels], num_levels=num_levels)
 
     def forward(self, xs: Sequence[Tensor], level: Tensor, size: torch.Size) -> Tensor:
         """Fuse xs, each [B, in_channels[k], H_k, W_k], to [B, out_channels, *size]."""
@@ -242,21 +209,21 @@ class MultiScaleFusion(_ConvsThenNorms):
                 # Back in the maps' type, since autocast on a GPU interpolates in float32.
                 h = functional.interpolate(h, size=tuple(size), mode="bilinear", align_corners=True).to(h.dtype)
             terms.append(h)
-        return torch.stack(terms).sum(dim=0) if len(terms) > 2 else terms[0] + terms[1]
+        fused: Tensor = terms[0] + terms[1]
+        return fused
 
 
 class ChainedResidualPooling(_ConvsThenNorms):
-    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x. The pool keeps the size."""
+    """CRP: x = ELU(x), then twice p = conv(pool(norm(p))), x = x + p, where p starts as x."""
 
-    def __init__(self, channels: int, *, norm: NormFactory, pool: Pool) -> None:
-        super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], norm=norm)
-        self._pool = pool
+    def __init__(self, channels: int, *, num_levels: int) -> None:
+        super().__init__([conv3x3(channels, channels, bias=False) for _ in range(2)], num_levels=num_levels)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Transform x [B, channels, H, W] at level int64 [B]."""
         x = pooled = elu(x)
         for conv, normalize in zip(self.convs, self.norms, strict=True):
-            pooled = conv(self._pool(normalize(pooled, level)))
+            pooled = conv(average_pool(normalize(pooled, level)))
             x = x + pooled
         return x
 
@@ -269,16 +236,14 @@ class RefineBlock(nn.Module):
         end: Whether this is the last block, which has three output blocks instead of one.
     """
 
-    def __init__(
-        self, in_channels: Sequence[int], out_channels: int, *, norm: NormFactory, pool: Pool, end: bool = False
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, num_levels: int, end: bool = False) -> None:
         super().__init__()
         assert len(in_channels) == 2 or list(in_channels) == [out_channels]
-        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, num_blocks=2, norm=norm) for c in in_channels)
-        self.output_convs = ResidualConvUnit(out_channels, num_blocks=3 if end else 1, norm=norm)
+        self.adapt_convs = nn.ModuleList(ResidualConvUnit(c, num_blocks=2, num_levels=num_levels) for c in in_channels)
+        self.output_convs = ResidualConvUnit(out_channels, num_blocks=3 if end else 1, num_levels=num_levels)
         if len(in_channels) > 1:
-            self.msf = MultiScaleFusion(in_channels, out_channels, norm=norm)
-        self.crp = ChainedResidualPooling(out_channels, norm=norm, pool=pool)
+            self.msf = MultiScaleFusion(in_channels, out_channels, num_levels=num_levels)
+        self.crp = ChainedResidualPooling(out_channels, num_levels=num_levels)
 
     def forward(self, xs: Sequence[Tensor], level: Tensor) -> Tensor:
         """Refine xs to [B, out_channels, H, W] of the first input's size."""
@@ -288,89 +253,31 @@ class RefineBlock(nn.Module):
         return refined
 
 
-Depth = Literal["standard", "deeper", "deepest"]
+class NcsnNetwork(nn.Module):
+    """Score network s(x, level) with instance normalization++ conditioned on the level.
 
-
-class _Stage(NamedTuple):
-    """An encoder stage, and the refine block that brings its output back to its input's width, in num_features."""
-
-    suffix: str
-    inside: int
-    out: int
-    dilation: int | None
-    refine_suffix: str
-
-
-# From the image down. The first stage keeps the size; of the others those without dilation halve it.
-_FIRST, _SECOND, _THIRD = _Stage("1", 1, 1, None, "5"), _Stage("2", 1, 2, None, "4"), _Stage("3", 2, 2, None, "3")
-_FOURTH, _FIFTH = _Stage("4", 2, 4, 2, "2"), _Stage("5", 4, 4, 4, "1")
-_STAGES: dict[Depth, tuple[_Stage, ...]] = {
-    "standard": (
-        _Stage("1", 1, 1, None, "4"),
-        _Stage("2", 1, 2, None, "3"),
-        _Stage("3", 2, 2, 2, "2"),
-        _Stage("4", 2, 2, 4, "1"),
-    ),
-    "deeper": (_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH),
-    "deepest": (_FIRST, _SECOND, _THIRD, _Stage("31", 2, 2, None, "31"), _FOURTH, _FIFTH),
-}
-
-
-class _RefineNet(nn.Module):
-    """What both networks share: an encoder of residual stages and a decoder of refine blocks, without scaling."""
+    An encoder of residual stages and a decoder of refine blocks. Parameters and their names are those of the released
+    weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657 for 28x28x1 (num_features 64), with 10 levels. The
+    first layer sees 2x - 1 of images in [0, 1].
+    """
 
     image_layers = ("begin_conv", "end_conv")
 
-    def __init__(
-        self, num_features: int, *, channels: int, depth: Depth, norm: NormFactory, refine: Callable[..., RefineBlock]
-    ) -> None:
-        super().__init__()
-        n, stages = num_features, _STAGES[depth]
-        self.begin_conv = conv3x3(channels, n)
-        self.normalizer = norm(n)
-        self.end_conv = conv3x3(n, channels)
-        for index, stage in enumerate(stages):
-            module = ResidualStage(n * stage.inside, n * stage.out, norm=norm, down=index > 0, dilation=stage.dilation)
-            self.add_module(f"res{stage.suffix}", module)
-        # By name, as in the released code: refine31 is registered after refine3, though it is used before it.
-        for stage in sorted(stages, key=lambda stage: stage.refine_suffix):
-            inputs = [n * stage.out] * (1 if stage is stages[-1] else 2)
-            block = refine(inputs, n * stage.inside, end=stage is stages[0])
-            self.add_module(f"refine{stage.refine_suffix}", block)
-        self._encoder = [f"res{stage.suffix}" for stage in stages]
-        self._decoder = [f"refine{stage.refine_suffix}" for stage in reversed(stages)]
-        self._halvings = sum(stage.dilation is None for stage in stages[1:])
-
-    def _unscaled(self, x: Tensor, level: Tensor) -> Tensor:
-        step = 2**self._halvings
-        if x.shape[2] % step or x.shape[3] % step:
-            raise InvalidValue(
-                f"this network needs a height and width divisible by {step}, got {x.shape[2]} x {x.shape[3]} pixels"
-            )
-        h: Tensor = self.begin_conv(2 * x - 1)
-        features = []
-        for name in self._encoder:
-            h = self.get_submodule(name)(h, level)
-            features.append(h)
-        for index, name in enumerate(self._decoder):
-            skip = features.pop()
-            h = self.get_submodule(name)([skip] if index == 0 else [skip, h], level)
-        out: Tensor = self.end_conv(elu(self.normalizer(h, level)))
-        return out
-
-
-class NcsnNetwork(_RefineNet):
-    """Score network s(x, level) with instance normalization++ conditioned on the level.
-
-    Parameters and their names are those of the released weights: 30,117,635 for 32x32x3 (num_features 128), 7,638,657
-    for 28x28x1 (num_features 64), with 10 levels. The first layer sees 2x - 1 of images in [0, 1].
-    """
-
     def __init__(self, num_features: int = 128, *, channels: int, num_levels: int) -> None:
-        norm: NormFactory = partial(ConditionalInstanceNormPlus, num_levels=num_levels)
-        refine = partial(RefineBlock, norm=norm, pool=average_pool)
-        super().__init__(num_features, channels=channels, depth="standard", norm=norm, refine=refine)
-        self.num_levels = num_levels
+        super().__init__()
+        n, self.num_levels = num_features, num_levels
+        self.begin_conv = conv3x3(channels, n)
+        self.normalizer = ConditionalInstanceNormPlus(n, num_levels=num_levels)
+        self.end_conv = conv3x3(n, channels)
+        # The second stage halves the image; the third and the fourth are dilated instead.
+        self.res1 = ResidualStage(n, n, num_levels=num_levels)
+        self.res2 = ResidualStage(n, 2 * n, num_levels=num_levels, down=True)
+        self.res3 = ResidualStage(2 * n, 2 * n, num_levels=num_levels, down=True, dilation=2)
+        self.res4 = ResidualStage(2 * n, 2 * n, num_levels=num_levels, down=True, dilation=4)
+        self.refine1 = RefineBlock([2 * n], 2 * n, num_levels=num_levels)
+        self.refine2 = RefineBlock([2 * n, 2 * n], 2 * n, num_levels=num_levels)
+        self.refine3 = RefineBlock([2 * n, 2 * n], n, num_levels=num_levels)
+        self.refine4 = RefineBlock([n, n], n, num_levels=num_levels, end=True)
 
     def forward(self, x: Tensor, level: Tensor | None = None, *, sigma: Tensor | None = None) -> Tensor:
         """Score of noisy images at their levels; InvalidValue for any other sigma.
@@ -383,27 +290,15 @@ class NcsnNetwork(_RefineNet):
             Score [B, C, H, W] per pixel unit of x; there is no scaling by 1 / sigma.
         """
         if level is None or sigma is not None:
-            raise InvalidValue(
-                "a network of kind ncsn knows its own noise levels only; ncsnv2, unet and ddpmpp take any sigma"
-            )
+            raise InvalidValue("a network of kind ncsn knows its own noise levels only; unet and ddpmpp take any sigma")
         check_levels(level, batch=len(x), num_levels=self.num_levels)
-        return self._unscaled(x, level)
-
-
-class NcsnV2Network(_RefineNet, ContinuousNetwork):
-    """Score network s(x, sigma) = f(x) / sigma with an unconditional f (technique 3).
-
-    Parameters and their names are those of the released weights: with num_features 128 and RGB images 29,694,083 for
-    depth `standard` (up to 64 pixels), 83,445,379 for `deeper` (128) and 94,132,611 for `deepest` (256). These have 4,
-    5 and 6 stages, which halve the image 1, 2 and 3 times. The first layer sees 2x - 1 of images in [0, 1].
-    """
-
-    def __init__(self, num_features: int = 128, *, channels: int, sigmas: Tensor, depth: Depth = "standard") -> None:
-        refine = partial(RefineBlock, norm=_NoNorm, pool=max_pool)
-        super().__init__(num_features, channels=channels, depth=depth, norm=InstanceNormPlus, refine=refine)
-        self.register_buffer("sigmas", sigmas.detach().clone().to(torch.float32))
-
-    def score_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Score [B, C, H, W] per pixel unit of x at sigma [B]; H, W divisible by 2, 4 or 8 according to the depth."""
-        # The blocks pass a level to their norms, which do not use it here.
-        return self._unscaled(x, torch.empty(0)) / sigma.to(x.dtype).view(-1, 1, 1, 1)
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            raise InvalidValue(f"this network needs an even height and width, got {x.shape[2]} x {x.shape[3]} pixels")
+        first = self.res1(self.begin_conv(2 * x - 1), level)
+        second = self.res2(first, level)
+        third = self.res3(second, level)
+        h = self.refine1([self.res4(third, level)], level)
+        for refine, skip in ((self.refine2, third), (self.refine3, second), (self.refine4, first)):
+            h = refine([skip, h], level)
+        out: Tensor = self.end_conv(elu(self.normalizer(h, level)))
+        return out

@@ -9,7 +9,6 @@ from tiny_networks import SIGMAS, ddpmpp, random_batch, shaken, unet
 from torch import Tensor, nn
 
 from ncsn.core.networks.base import ConditionTerms
-from ncsn.core.networks.refinenet import NcsnV2Network
 
 X = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 LEVEL = torch.tensor([0, 3, 4, 1])
@@ -19,8 +18,6 @@ KINDS = ("unet", "ddpmpp")
 
 
 def make_network(kind: str, **changes: Any) -> Any:
-    if kind == "ncsnv2":
-        return shaken(NcsnV2Network(4, channels=1, sigmas=SIGMAS))
     if kind == "ddpmpp":
         return shaken(ddpmpp(multipliers=(1, 1), attention_sizes=(4,), **changes))
     return shaken(unet(widths=(8, 8), attention_sizes=(4,), **changes))
@@ -35,7 +32,7 @@ def test_a_fresh_network_is_the_score_of_a_gaussian_around_mid_gray(kind: Any, t
     torch.testing.assert_close(denoised - 0.5, c_skip * (x - 0.5), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["ncsnv2", *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_level_and_its_sigma_give_the_same_score(kind: str) -> None:
     network = make_network(kind)
     by_level = network(X, LEVEL)
