@@ -15,11 +15,8 @@ from ncsn.cli.options import FAILURE, ReportingCommand, describe, json_option, r
 from ncsn.errors import UserError, without_users
 
 if TYPE_CHECKING:
-    from rich.tree import Tree
-
     from ncsn.cli.target import TargetOptions
     from ncsn.inspection.listing import Item
-    from ncsn.tracking.lineage import Link
 
 
 def _date(seconds: float) -> str:
@@ -71,55 +68,42 @@ def ls_command(*, kind: str, options: TargetOptions, as_json: bool) -> None:
     click.echo(f"{kind} in {place}: {count:,}{rest}")
 
 
-@click.command("show", cls=ReportingCommand, short_help="Show a run, dataset or model, its origin and its results.")
+@click.command("show", cls=ReportingCommand, short_help="Show a run and its steps, a dataset or a model.")
 @click.argument("name", metavar="NAME")
 @registry_options
 @json_option
 def show_command(*, name: str, options: TargetOptions, as_json: bool) -> None:
-    """Show a run, a dataset or a model, where it comes from and what came of it.
+    """Show a run and its steps, a dataset or a model.
 
     NAME is the name of a run, a dataset's digest or its beginning, a model or one version of it (models:/NAME/3 or
-    models:/NAME@champion). For any of these, for an MLflow run id, a KFP run id, a Ray job or submission id and the URI
-    of a checkpoint, the whole chain that it is part of is shown: pipeline run, steps, Ray jobs, data, checkpoint,
-    samples, model with the decision of the gate.
+    models:/NAME@champion). With one version, the run of this store that made it is shown too.
     """
     from rich.filesize import decimal
+    from rich.text import Text
+    from rich.tree import Tree
 
     from ncsn.cli.console import console_on
     from ncsn.inspection.listing import find_items
-    from ncsn.tracking.client import client_at, mlflow_errors
-    from ncsn.tracking.lineage import ACCEPTED, Link, trace
+    from ncsn.tracking.client import mlflow_errors
 
     uri = options.registry
     with mlflow_errors(uri):
         items = find_items(options.store_root, uri, name)
-        dataset = next((item.name.partition("/")[2] for item in items if item.kind == "dataset"), "")
-        chains = trace(client_at(uri), dataset or name)
-    if not (items or chains):
+    if not items:
         where = f"neither {options.store_root} nor MLflow at {without_users(uri)} has such a run, dataset or model"
-        raise UserError(name, where, hint=f"give {ACCEPTED}")
+        hint = "give the name of a run or a model, a version (models:/NAME/3, models:/NAME@champion) or a digest"
+        raise UserError(name, where, hint=hint)
     if as_json:
-        click.echo(json.dumps({"id": name, "items": _plain(items), "chains": list(map(asdict, chains))}, indent=1))
+        click.echo(json.dumps({"id": name, "items": _plain(items)}, indent=1))
         return
     console = console_on(sys.stdout)
     for item in items:
+        tree = Tree(Text.assemble((item.kind, "bold"), f" {item.name}"))
         known = {"state": item.state, "size": decimal(item.size), "date": _date(item.changed), "figures": item.figures}
-        console.print(_tree(Link(item.kind, item.name, known | {**item.facts})))
-    for chain in chains:
-        console.print(_tree(chain))
-
-
-def _tree(link: Link) -> Tree:
-    from rich.text import Text
-    from rich.tree import Tree
-
-    tree = Tree(Text.assemble((link.kind, "bold"), f" {link.id}"))
-    for name, value in link.facts.items():
-        if value:
-            tree.add(Text.assemble((f"{name.replace('_', ' ')}:", "dim"), f" {value}"))
-    for below in link.links:
-        tree.children.append(_tree(below))
-    return tree
+        for fact, value in (known | {**item.facts}).items():
+            if value:
+                tree.add(Text.assemble((f"{fact}:", "dim"), f" {value}"))
+        console.print(tree)
 
 
 _JOBS_RUN = "With --jobs: only what belongs to this run, and its RayJobs even if it goes on."

@@ -160,22 +160,37 @@ def list_models(registry: str, wanted: str = "") -> list[Item]:
             size=int(version.tags.get("ncsn.bytes", 0)),
             changed=version.creation_timestamp / 1000,
             figures=f"{measured.name} = {measured}" if measured else "",
-            facts={"gate": decision.reason} if decision else {},
+            facts={
+                "run": version.tags.get("ncsn.run", ""),
+                "store": version.tags.get("ncsn.root", ""),
+                "gate": decision.reason if decision else "",
+            },
         )
         items.append(item)
     return items
 
 
 def find_items(root: str, registry: str, name: str) -> list[Item]:
-    """The run, datasets and versions of a model that have this name."""
-    items = []
-    if RUN_PATTERN.fullmatch(name) and storage.exists(RunFolder(root, name).config):
-        folder, run = RunFolder(root, name), describe_run(root, name)
-        done = {step: record for step in STEP_TABLE if (record := read_step(folder, step)).result}
-        steps = {step: f"{result_line(step, record.result)}; {record.seconds:,.1f} s" for step, record in done.items()}
-        items.append(replace(run, facts={**run.facts, **steps}))
+    """The run, datasets and versions of a model that have this name; with one version also its run, if it is here."""
+    items = _find_run(root, name)
     if re.fullmatch(r"(.*/)?[0-9a-f]{8,64}", name):
         items += list_datasets(root, name)[0]
-    if re.fullmatch(rf"({SCHEME})?{MODEL_NAME_PATTERN}(/\d+|@[^/@:]+)?", name):
-        items += list_models(registry, name)
+    if match := re.fullmatch(rf"({SCHEME})?{MODEL_NAME_PATTERN}(?P<version>/\d+|@[^/@:]+)?", name):
+        versions = list_models(registry, name)
+        items += versions
+        if match["version"] and versions[0].facts["store"] == root:
+            items += _find_run(root, versions[0].facts["run"])
     return items
+
+
+def _find_run(root: str, name: str) -> list[Item]:
+    """The run of this name with a line for each step that has a result, if there is such a run."""
+    folder = RunFolder(root, name)
+    if not (RUN_PATTERN.fullmatch(name) and storage.exists(folder.config)):
+        return []
+    run, facts = describe_run(root, name), dict[str, str]()
+    for step in STEP_TABLE:
+        record = read_step(folder, step)
+        if record.result:
+            facts[step] = f"{result_line(step, record.result)}; {record.seconds:,.1f} s"
+    return [replace(run, facts={**run.facts, **facts})]

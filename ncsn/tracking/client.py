@@ -236,8 +236,5 @@ def _probe(uri: str, *, patience: float) -> None:
 
 def tag_filter(tags: Mapping[str, str]) -> str:
     """MLflow's search expression for these tags."""
-    return " and ".join(f"tags.`{key}` = {quoted(value)}" for key, value in tags.items())
-
-
-def quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else f"'{value}'"
+    quoted = {key: f'"{value}"' if "'" in value else f"'{value}'" for key, value in tags.items()}
+    return " and ".join(f"tags.`{key}` = {value}" for key, value in quoted.items())

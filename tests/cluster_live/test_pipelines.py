@@ -46,8 +46,8 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     store = ("--json", *pipelines.options())
     listed = pipelines.commands.run("ls", *store, seconds=300).result()
     assert next(each["state"] for each in listed["runs"] if each["name"] == run) == "FINISHED"
-    (chain,) = pipelines.commands.run("show", run, *store, seconds=300).result()["chains"]
-    assert chain["facts"]["kfp.pipeline_run_id"] in (first, second)
+    (shown,) = pipelines.commands.run("show", run, *store, seconds=300).result()["items"]
+    assert {*STEPS, "utility"} <= shown["facts"].keys()
     found = pipelines.commands.run("cleanup", *store, seconds=600).result()
     assert not [each for each in found["items"] if f"/runs/{run}/" in each["uri"]], "all of it is young"
 

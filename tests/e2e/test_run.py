@@ -20,6 +20,7 @@ from ncsn.cli import app
 from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
 from ncsn.runs.steps import STEPS
+from ncsn.steps.results import result_line
 from ncsn.tracking.client import client_at
 
 RUN = "mine"
@@ -106,21 +107,16 @@ def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(work
     assert {"grid.png", "report.html"} <= {file.path for file in client.list_artifacts(whole.info.run_id)}
 
 
-def test_show_prints_every_link_of_the_model(workplace, finished) -> None:
+def test_show_prints_a_version_and_the_steps_of_its_run(workplace, finished) -> None:
     command = ["show", "models:/ncsn-tiny@champion", "--json", "--config", str(workplace.config)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
-    (chain,) = json.loads(done.stdout)["chains"]
-    results = {step: workplace.result(RUN, step) for step in STEPS}
-    facts = {link["kind"].removeprefix("step "): link["facts"] for link in chain["links"]}
-    assert set(STEPS) <= set(facts) and facts["train"]["ray.session"]
-    assert chain["facts"]["dataset.digest"] == results["ingest"]["digest"]
-    assert facts["train"]["checkpoint.uri"] == results["train"]["checkpoint"]
-    for step, tag in (("sample", "samples.uri"), ("evaluate", "evaluation.uri"), ("report", "report.uri")):
-        assert facts[step][tag] == results[step]["uri"]
-    (version,) = next(link for link in chain["links"] if link["kind"] == "step register")["links"]
-    assert version["id"] == results["register"]["uri"]
-    assert version["facts"]["gate.reason"] == results["register"]["reason"]
+    version, run = json.loads(done.stdout)["items"]
+    registered = workplace.result(RUN, "register")
+    assert (version["name"], version["facts"]["gate"]) == (registered["uri"], registered["reason"])
+    assert (version["facts"]["run"], run["name"]) == (RUN, RUN)
+    for step in STEPS:
+        assert run["facts"][step].startswith(result_line(step, workplace.result(RUN, step)))
 
 
 def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monkeypatch) -> None:

@@ -116,3 +116,21 @@ def test_versions_have_their_aliases_figures_and_what_they_wait_for(tmp_path: Pa
     assert second.figures == "eval/classifier_fid_n512 = 8.0 (7.5 to 8.5)"
     assert find_items(str(tmp_path), registry, "digits") == [second, first]
     assert [asdict(item) for item in find_items(str(tmp_path), registry, "digits@champion")] == [asdict(first)]
+
+
+def test_a_version_is_shown_with_its_run_if_that_is_in_this_store(config: Config, tmp_path: Path) -> None:
+    registry, root = f"sqlite:///{tmp_path}/mlflow.db", config.storage.root
+    folder, client = begin(config, "mine"), client_at(registry)
+    update_step(folder, "register", state="FINISHED", seconds=2.0, result=result_of("register", uri="models:/digits/1"))
+    client.create_registered_model("digits")
+    for run, store in (("mine", root), ("mine", "/elsewhere"), ("../mine", root), ("gone", root)):
+        tags = {"ncsn.model": "0123", "ncsn.run": run, "ncsn.root": store}
+        client.create_model_version("digits", "file:///nowhere", tags=tags)
+    version, run = find_items(root, registry, "models:/digits/1")
+    assert (version.facts["run"], version.facts["store"], run.name) == ("mine", root, "mine")
+    assert run.facts["register"].endswith("; 2.0 s")
+    for number in (2, 3, 4):
+        assert [item.name for item in find_items(root, registry, f"models:/digits/{number}")] == [
+            f"models:/digits/{number}"
+        ]
+    assert find_items(root, registry, "mine") == [run]
