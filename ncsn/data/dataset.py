@@ -304,9 +304,15 @@ def _duplicates(
 
 
 def _parts(
-    folder: str, images: Split, sampled: NDArray[np.int64], known: Hashes, near: str, data: DataConfig,
-    write_parts: WriteParts | None, advance: Callable[[int], object],
-) -> Iterator[tuple[str, Written]]:  # fmt: skip
+    folder: str,
+    images: Split,
+    sampled: NDArray[np.int64],
+    known: Hashes,
+    near: str,
+    data: DataConfig,
+    write_parts: WriteParts | None,
+    advance: Callable[[int], object],
+) -> Iterator[tuple[str, Written]]:
     """Name of each part of a split and what is known of it, in order; what is in the folder stays."""
     most, there = part_images(data.pixels), set(storage.list_names(folder))
     names = {first: f"part-{number:05d}.parquet" for number, first in enumerate(range(0, len(images), most))}

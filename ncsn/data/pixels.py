@@ -39,9 +39,20 @@ _BOUNDED = (1, 5, 8, 32773, 32946, 34925, 50000)  # none, LZW, Deflate, PackBits
 MOST_CHANNELS = 8
 # All that Pillow was seen to raise for damaged and for hostile files.
 _NOT_DECODED = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError, RuntimeError,
-    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 # Pillow warns of more pixels than MAX_IMAGE_PIXELS, 89 million. `decode` refuses them, but for a JPEG of a large camera
 # that it decodes smaller; Pillow itself refuses twice as many.

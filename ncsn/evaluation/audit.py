@@ -173,9 +173,15 @@ _Block = tuple[Config, str, ImageSet, int, int, NDArray[np.int64], NDArray[np.in
 
 
 def _compared(
-    config: Config, dataset: str, images: ImageSet, *, rows: NDArray[np.int64], tests: NDArray[np.int64],
-    runner: Runner, progress: Progress,
-) -> Mapping[str, NDArray[Any]]:  # fmt: skip
+    config: Config,
+    dataset: str,
+    images: ImageSet,
+    *,
+    rows: NDArray[np.int64],
+    tests: NDArray[np.int64],
+    runner: Runner,
+    progress: Progress,
+) -> Mapping[str, NDArray[Any]]:
     """What the comparison finds of each image, by name; blocks that are kept from before are not made again."""
     folder = _place(config, dataset, images)
     size = max(1, min(TASK_IMAGES, TASK_BYTES // load_manifest(dataset).pixels.num_bytes))
@@ -294,9 +300,14 @@ def pixel_distances(images: Tensor, others: Tensor, *, mirrors: bool) -> Tensor:
 
 
 def nearest(
-    images: Images, reference: Callable[[NDArray[np.int64]], Images], *, rows: NDArray[np.int64], mirrors: bool,
-    device: str = "cpu", leave_out: NDArray[np.int64] | None = None,
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:  # fmt: skip
+    images: Images,
+    reference: Callable[[NDArray[np.int64]], Images],
+    *,
+    rows: NDArray[np.int64],
+    mirrors: bool,
+    device: str = "cpu",
+    leave_out: NDArray[np.int64] | None = None,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The nearest of these rows of the reference to each of Q images, but for the row `leave_out` [Q] of each.
 
     Images are [N, H, W, C]; the reference gives those of some rows, and is asked block by block.
