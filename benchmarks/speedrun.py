@@ -47,7 +47,7 @@ HELD_OUT = 1000  # most test images of the held-out loss
 ROUNDS, IMAGES = 11, 1024  # of the timing, and in each round
 SAME_COST = (  # settings that no step costs more or less by
     *("name", "seed", "data.root", "optimizer.learning_rate", "optimizer.muon.learning_rate", "train.num_images"),
-    *("optimizer.warmup_images", "optimizer.decay", "optimizer.decay_images", "optimizer.muon.momentum"),
+    *("optimizer.warmup_images", "optimizer.decay", "optimizer.decay_images"),
     *("noise.training.mean", "noise.training.std", "train.label_dropout"),
 )
 COLUMNS = {  # key of a line -> head of its column, and how a number is shown

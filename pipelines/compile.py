@@ -77,10 +77,10 @@ except UserError as error:
 """
 
 
-def compile_all(folder: Path = COMPILED, config: Config | None = None) -> list[Path]:
+def compile_all(folder: Path = COMPILED) -> list[Path]:
     """Write `<name>.yaml` of each pipeline into `folder`; the paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [compile_one(name, folder, config) for name in PIPELINES]
+    return [compile_one(name, folder) for name in PIPELINES]
 
 
 def compile_one(name: str, folder: Path, config: Config | None = None, *, code: str | None = None) -> Path:

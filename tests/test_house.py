@@ -28,13 +28,13 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # Lines of each part, as it is, and words of all pages. Who raises a number says in the commit what went, or why nothing
 # could.
 BUDGETS = {
-    "ncsn/core": 3323,
-    "ncsn/data": 3106,
-    "ncsn/evaluation": 2419,
+    "ncsn/core": 3315,
+    "ncsn/data": 3123,
+    "ncsn/evaluation": 2430,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 4351,
     "ncsn/model": 1310,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1867,
+    "ncsn/config": 1863,
     "ncsn/cli": 1841,
     "ncsn/tracking": 1367,
     "ncsn/report": 1047,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 518,
-    "tests": 25971,
+    "tests": 25970,
 }
-MOST_WORDS = 20597
+MOST_WORDS = 20589
 
 
 def _name(path: Path) -> str:

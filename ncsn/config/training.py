@@ -127,8 +127,6 @@ class ConsistencyLossConfig(Section):
     """The levels are t and max(0, t (1 - n / q^(stage + 1))) at stages 0, 1, ...; n falls from 5 at t = 0 to 1."""
     stages: int = Field(1, ge=1, le=64)
     """Equal parts of train.num_images; q^stages is best between 64 and 256."""
-    c: float = Field(0.0, ge=0)
-    """The distance d of two images enters as sqrt(d^2 + c^2) - c, in units of pixels in [0, 1]; 0 = the plain norm."""
     pairs: Literal["image", "teacher"] = "image"
     """What an image at t is compared with: image = the same with less of the same noise (Geng et al. 2024); teacher =
     where the flow of the network of train.init_from takes it (Song et al. 2023), for an evaluation more: better for a
@@ -157,8 +155,6 @@ class MuonConfig(Section):
 
     learning_rate: float = Field(0.01, gt=0, le=1)
     """Peak learning rate of these weights; optimizer.learning_rate is that of the rest."""
-    momentum: float = Field(0.95, ge=0, lt=1)
-    """Share of the average gradient that stays at each step."""
 
 
 class OptimizerConfig(Section):

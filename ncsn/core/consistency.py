@@ -54,13 +54,12 @@ class Teacher:
 class ConsistencyTuning:
     """Consistency tuning: what the network makes of an image at t, it is to make of it at r < t too.
 
-    The loss is (sqrt(d^2 + c^2) - c) / (t - r), d = |D(x_t, t) - D(x_r, r)| over all pixels, with x_t = x + t z of an
-    image x and noise z. Without a teacher x_r = x + r z (easy consistency tuning, Geng et al. 2024); with one, x_r is
-    where Euler's step on the probability flow of its score takes x_t (consistency distillation, Song et al. 2023). The
-    second term has no gradient and the dropout masks of the first; at r = 0 it is x_r.
+    The loss is d / (t - r), d = |D(x_t, t) - D(x_r, r)| over all pixels, with x_t = x + t z of an image x and noise z.
+    Without a teacher x_r = x + r z (easy consistency tuning, Geng et al. 2024); with one, x_r is where Euler's step on
+    the probability flow of its score takes x_t (consistency distillation, Song et al. 2023). The second term has no
+    gradient and the dropout masks of the first; at r = 0 it is x_r.
     """
 
-    c: float = 0.0  # in units of pixels in [0, 1]; 0 = the plain norm
     teacher: Teacher | None = None
     compiled: bool = False  # whether the network is; if not, a CPU computes no score at r = 0
 
@@ -87,9 +86,9 @@ class ConsistencyTuning:
         # In units of t - r, since the difference of two nearly equal images would be that of their rounding.
         score = network(noisy, **batch.inputs).to(x.dtype)
         difference = slope + (t.square() * score - target) / (t - r)
-        squared, c = difference.square().flatten(1).sum(dim=1), self.c / (t - r).flatten()
+        squared = difference.square().flatten(1).sum(dim=1)
         # The slope of a root is infinite at 0, where this one has none.
-        norm = (squared + c.square()).clamp_min(torch.finfo(x.dtype).tiny).sqrt() - c
+        norm = squared.clamp_min(torch.finfo(x.dtype).tiny).sqrt()
         return LossValue(loss=norm.mean(), per_image=squared.detach() / x[0].numel())
 
 

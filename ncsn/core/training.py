@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS_PER_STEP = 3  # network evaluations that a training step costs per image: one forward, two backward
 NEWTON_SCHULZ_STEPS = 5
+MOMENTUM = 0.95  # share of the average gradient that stays at each step
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5, which bring small singular values up fastest
 
 
@@ -145,11 +146,8 @@ class Muon(torch.optim.Optimizer):
     output as much in rare directions as in the commonest one.
     """
 
-    def __init__(
-        self, hidden: Sequence[nn.Parameter], others: torch.optim.Optimizer, *, learning_rate: float, momentum: float
-    ) -> None:
-        group = {"params": hidden, "initial_lr": learning_rate, "momentum": momentum}
-        super().__init__([group], {"lr": learning_rate})
+    def __init__(self, hidden: Sequence[nn.Parameter], others: torch.optim.Optimizer, *, learning_rate: float) -> None:
+        super().__init__([{"params": hidden, "initial_lr": learning_rate}], {"lr": learning_rate})
         self.others, others.state = others, self.state  # one state of all parameters, as checkpoints have it
         self.param_groups += others.param_groups
 
@@ -164,8 +162,8 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), weights in by_shape.items():
             gradients = [each.grad for each in weights if each.grad is not None]
             momenta = [self.state[each]["momentum"] for each in weights]
-            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+            torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
             found = orthogonalized(torch.stack([each.reshape(rows, columns) for each in ahead]))
             rate = group["lr"] * max(1, rows / columns) ** 0.5
             changes = [change.view_as(weight) for change, weight in zip(found, weights, strict=True)]

@@ -168,7 +168,7 @@ def optimizer(config: Config, network: nn.Module, uncertainty: nn.Module | None)
     hidden = [each for each in trained if each.ndim == 4 and each not in of_images]
     known = set(hidden)
     others = adam([each for each in trained if each not in known])
-    return Muon(hidden, others, learning_rate=muon.learning_rate, momentum=muon.momentum)
+    return Muon(hidden, others, learning_rate=muon.learning_rate)
 
 
 def new_ema(config: Config, network: nn.Module) -> Ema:

@@ -51,11 +51,11 @@ def require_same_classes(num_classes: int | None, names: Sequence[str], *, where
     raise UserError("data.num_classes", f"{where} has {found}", hint=hint, value=num_classes)
 
 
-def require_label(label: str | Mapping[str, int], classes: Classes | None, *, key: str = "sampling.label") -> None:
-    """Refuse a label that names no class of a network that knows classes; `key` is what set it."""
+def require_label(label: str | Mapping[str, int], classes: Classes | None) -> None:
+    """Refuse a `sampling.label` that names no class of a network that knows classes."""
     if classes is not None and label not in (BALANCED, AS_DATA):
         for name in label if isinstance(label, Mapping) else [label]:
-            classes.index(name, key=key)
+            classes.index(name, key="sampling.label")
 
 
 def images_of(label: Any) -> int | None:

@@ -66,7 +66,7 @@ def objective_of(config: Config) -> Objective:
             def tuned(_: nn.Module | None, network: nn.Module | None) -> losses.Loss:
                 assert (network is not None) is loss.has_teacher
                 teacher = None if network is None else Teacher(network, guidance.weight, band, dtype)
-                return ConsistencyTuning(loss.c, teacher, config.compute.compiled)
+                return ConsistencyTuning(teacher, config.compute.compiled)
 
             # It has no held-out loss: that may rise towards the function that training looks for.
             return Objective(noise, tuned, pairs=PairSchedule(loss.q, loss.stages, config.train.num_images, sigma_data))

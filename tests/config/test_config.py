@@ -144,7 +144,7 @@ WRONG_ALONE = (
 )  # fmt: skip
 WRONG = [
     *(([override], override.partition("=")[0]) for override in WRONG_ALONE),
-    (["optimizer.muon={momentum: 1}"], "optimizer.muon.momentum"),
+    (["optimizer.muon={learning_rate: 2}"], "optimizer.muon.learning_rate"),
     (["optimizer.decay=linear", "optimizer.decay_images=200000000"], "optimizer.decay_images"),
     (["optimizer.decay=cosine", "optimizer.decay_images=2000"], "optimizer.decay_images"),
     (["train.continue_from=x", "search={}"], "train.continue_from"),

@@ -49,10 +49,10 @@ def test_two_points_of_one_trajectory_have_no_loss_and_two_of_one_noise_have():
     along = replace(batch, z=(batch.x - M) * (high - low) / (t * low - r * high))
     assert ConsistencyTuning()(exact, along).per_image.max() < 1e-20
     distance = S * ((batch.x + t * batch.z - M) / high - (batch.x + r * batch.z - M) / low)
-    squared, apart, c = distance.square().flatten(1).sum(1), (t - r).flatten(), 0.01
-    found = ConsistencyTuning(c=c)(exact, batch)
+    squared, apart = distance.square().flatten(1).sum(1), (t - r).flatten()
+    found = ConsistencyTuning()(exact, batch)
     torch.testing.assert_close(found.per_image, squared / apart**2 / 16)
-    torch.testing.assert_close(found.loss, (((squared + c**2).sqrt() - c) / apart).mean())
+    torch.testing.assert_close(found.loss, (squared.sqrt() / apart).mean())
 
 
 def test_where_r_is_zero_it_is_score_matching():
@@ -70,13 +70,13 @@ def test_a_zero_network_reads_one():
 def test_the_gradient_is_that_of_the_first_term_alone():
     batch, theta = pairs(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
-    def loss(value, c=0.05):
+    def loss(value):
         def network(x, *, sigma, dropout_keys=None):
             assert (dropout_keys is None) == torch.is_grad_enabled()
             weight = value if dropout_keys is None else torch.tensor(0.7, dtype=torch.float64)
             return torch.tanh(weight * x) / per_pixel(sigma)
 
-        return ConsistencyTuning(c=c)(network, batch).loss
+        return ConsistencyTuning()(network, batch).loss
 
     (found,) = torch.autograd.grad(loss(theta), theta)
     with torch.enable_grad():
@@ -109,7 +109,7 @@ def test_a_cpu_computes_no_score_where_r_is_zero():
 
     for compared in ([1, 0, 0, 1, 1, 0], [0] * 6):
         batch = replace(near, lower=0.9 * near.sigma * torch.tensor(compared))
-        found, whole = (ConsistencyTuning(0.1, compiled=each)(counted, batch) for each in (False, True))
+        found, whole = (ConsistencyTuning(compiled=each)(counted, batch) for each in (False, True))
         torch.testing.assert_close(found.per_image, whole.per_image)
     assert counts == [3, 6, 6, 6, 6, 6, 6]
 

@@ -36,7 +36,7 @@ def test_each_weight_moves_by_its_rate_toward_the_least_value_of_a_quadratic() -
     goals = [orthogonal.mT.reshape(16, 3, 3, 3), orthogonal.mT.reshape(16, 3, 3, 3) * 4, torch.ones(5)]
     weights = [nn.Parameter(torch.zeros_like(goal)) for goal in goals]
     others = torch.optim.Adam([{"params": weights[2:], "initial_lr": 0.1}], lr=0.1)
-    optimizer = Muon(weights[:2], others, learning_rate=0.05, momentum=0.9)
+    optimizer = Muon(weights[:2], others, learning_rate=0.05)
     distances = []
     for _ in range(15):
         optimizer.zero_grad()

@@ -47,7 +47,7 @@ def trained() -> TrainedNetwork:
     [
         ("{kind: annealed_langevin, steps_per_level: 3, epsilon: 2.0e-4}", 19),
         ("{kind: langevin, num_steps: 7, step_size: 1.0e-4}", 8),
-        ("{kind: karras_heun, num_steps: 5, churn: 2.0, churn_noise: 1.003}", 9),
+        ("{kind: karras_heun, num_steps: 5, churn: 2.0}", 9),
         ("{kind: dpm_solver, num_steps: 7, eta: 0.5}", 7),
     ],
 )

@@ -95,7 +95,7 @@ def sample(
                 on_level(k, x)
                 field, raised = field_of(network, sigma), sigma * (1 + share)
                 if raised > sigma:
-                    x = x.add(noise(k), alpha=sampler.churn_noise * math.sqrt(raised**2 - sigma**2))
+                    x = x.add(noise(k), alpha=math.sqrt(raised**2 - sigma**2))
                 slope = score_at_sigma(field, x, sigma=raised).mul_(-raised)
                 ahead = score_at_sigma(field, torch.add(x, slope, alpha=lower - raised), sigma=lower)
                 x = torch.add(x, slope.add_(ahead, alpha=-lower), alpha=0.5 * (lower - raised))

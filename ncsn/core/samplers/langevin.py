@@ -128,7 +128,6 @@ def inpaint(
     noise: NoiseSource,
     denoise: bool = True,
     restore: bool = True,
-    consistent: bool = False,
 ) -> Tensor:
     """Complete images of which some pixels are known (Algorithm 2). The other arguments are `annealed_langevin`'s.
 
@@ -141,7 +140,6 @@ def inpaint(
         mask: True where a pixel is known, bool of shape [H, W], [1 or C, H, W] or [B, 1 or C, H, W].
         noise: Numbers 0 to L T - 1 for the steps, then L T + i for the known pixels of level i.
         restore: Restore the known pixels exactly at the end. The paper leaves them with noise of sigma_L.
-        consistent: Without it unknown pixels carry more noise than known ones.
     """
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask must be bool, True where a pixel is known, got {mask.dtype}")
@@ -162,7 +160,6 @@ def inpaint(
         steps_per_level=steps_per_level,
         noise=noise,
         denoise=denoise,
-        consistent=consistent,
         hold=hold,
     )
     return torch.where(known, reference, x) if restore else x

@@ -121,8 +121,6 @@ class KarrasHeun(Sampler):
     churn: Annotated[float, Ge(0), Le(1000)] = 0.0
     """How much noise to add during sampling; 0 = deterministic. None is added at the smallest level, before the step to
     sigma = 0, where Algorithm 2 with S_min = 0 adds some."""
-    churn_noise: Annotated[float, Gt(0), Le(2)] = 1.0
-    """Standard deviation of the added noise; 1 keeps sigma."""
     denoise: bool = True
     """End with a step to sigma = 0."""
 
