@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 896,
     "examples": 518,
-    "tests": 26269,
+    "tests": 26374,
 }
-MOST_WORDS = 20775
+MOST_WORDS = 20755
 
 
 def _name(path: Path) -> str:
