@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print this table as Markdown")
     parser.add_argument("--out", type=Path, help="table to append to, a JSON object a line")
     parser.add_argument("--set", dest="change", action="append", default=[], help="a.b=value of the recipe")
-    parser.add_argument("--name", help="of the row; by default the settings of --set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=5120)
     parser.add_argument("--judge-seed", type=int, default=0)
@@ -109,7 +108,7 @@ def main() -> None:
         lines.append({"change": REAL, "seed": None, "images": None, "by": [seat.real() for seat in jury]})
         again = [seat.again(options.samples) for seat in jury]
         lines.append({"change": AGAIN, "seed": None, "images": None, "by": again})
-    what = options.name or ", ".join(options.change) or "the recipe"
+    what = ", ".join(options.change) or "the recipe"
     for seed in options.seeds:
         config = from_yaml(text, overrides=[*alone, f"seed={seed}", f"sampling.num_images={options.samples}"])
         folder = sampled(config, trained(config, dataset=dataset, work=work), work=work)

@@ -114,18 +114,17 @@ class Ours:
 
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
         settle()
-        self.training = Training(
-            TrainingJob(config=config, dataset=dataset), WorkerContext(), CheckpointStore(str(folder))
-        )
+        self.store = CheckpointStore(str(folder))
+        self.training = Training(TrainingJob(config=config, dataset=dataset), WorkerContext(), self.store)
         self.batch = config.train.batch_size
-        self.folder = folder
         self.step: Callable[[], None] = self.training.step
 
     def sample(self, count: int) -> NDArray[np.uint8]:
         """Images of the averaged weights by the config's sampler."""
         self.training.report()
         self.training.save()
-        trained = load_checkpoint(str(self.folder / self.training.saved))
+        self.store.wait()
+        trained = load_checkpoint(f"{self.store.uri}/{self.training.saved}")
         return generate(trained, sampling=trained.config.sampling, first=0, count=count)
 
 
@@ -162,9 +161,10 @@ def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
 
 def distance(images: NDArray[np.uint8], dataset: str) -> float:
     """Fréchet distance of uint8 images [N, H, W, C] by the config's classifier of a dataset."""
+    evaluator = open_evaluator(_config(), dataset)  # which trains the classifier
     extractor = extractor_of(_config(), dataset)
     extracted = joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)])
-    return open_evaluator(_config(), dataset).distance(extracted.features)
+    return evaluator.distance(extracted.features)
 
 
 def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int) -> Row:
@@ -221,7 +221,8 @@ def _steps(name: str, dataset: str, folder: Path, seconds: float) -> int:
     """Steps that fit in the time, by a short trial, so that the schedules know their end."""
     side = _side(name, dataset, folder / f"{name}-try", steps=10_000)
     side.step()
-    began, count = time.perf_counter(), 0
+    count = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < min(5.0, seconds / 10):
         side.step()
         count += 1

@@ -45,7 +45,7 @@ BUDGETS = {
     "ncsn/training": 1033,
     "components pipelines": 1139,
     "ncsn/storage": 896,
-    "examples": 518,
+    "examples": 520,
     "tests": 26374,
 }
 MOST_WORDS = 20755
