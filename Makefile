@@ -65,7 +65,7 @@ test-cluster: $(STAMP) ## Run the tests of a real cluster: the one of KUBECONFIG
 	@$(BIN)/python -m pytest tests/cluster_live $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## Measure performance next to its targets (PARTS=... for some, half an hour for all)
+bench: $(STAMP) ## Measure performance next to its targets (PARTS=... for some)
 	@$(BIN)/python -m benchmarks $(PARTS)
 
 .PHONY: lint

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import boto3
 
-from benchmarks.digits_run import CONFIG
 from benchmarks.measure import Row
 from ncsn import distributed
 from ncsn.config import from_yaml
@@ -23,17 +22,26 @@ from ncsn.training.loop import TrainingJob
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from s3_server import running_s3_server
 
-# The steps between two checkpoints are enough for the first to reach the store.
-BUCKET, BATCH, STEPS, CHECKPOINTS = "ncsn-bench", 4, 12, 4
+CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+BUCKET = "ncsn-bench"
+BATCH = 4
+STEPS = 12  # between two checkpoints: enough for the first to reach the store
+CHECKPOINTS = 4
 
 
 def rows() -> list[Row]:
     """The paper's network for CIFAR-10, trained on the digits, which are small, so its steps are short."""
     overrides = [
-        *('network={"kind": "ncsn", "num_features": 128}', "train.precision=bfloat16", "tracking.preview_images=0"),
-        *(f"train.batch_size={BATCH}", f"train.num_images={BATCH * STEPS * CHECKPOINTS}"),
-        *(f"train.checkpoint_every_images={BATCH * STEPS}", f"train.report_every_images={BATCH * STEPS}"),
-        *("compute.num_workers=1", "compute.cpus_per_worker=2", "train.keep_checkpoints=1"),
+        "network={kind: ncsn, num_features: 128}",
+        "train.precision=bfloat16",
+        f"train.batch_size={BATCH}",
+        f"train.num_images={BATCH * STEPS * CHECKPOINTS}",
+        f"train.checkpoint_every_images={BATCH * STEPS}",
+        f"train.report_every_images={BATCH * STEPS}",
+        "train.keep_checkpoints=1",
+        "tracking.preview_images=0",
+        "compute.num_workers=1",
+        "compute.cpus_per_worker=2",
         f"storage.root=s3://{BUCKET}",
     ]
     config = from_yaml(CONFIG.read_text(), overrides=overrides)

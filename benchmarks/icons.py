@@ -17,12 +17,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
-DRAWN, SIZE = 136, 72  # pixels: what the font of 109 points has, and what is written
+DRAWN = 136  # pixels that the font of 109 points has
+SIZE = 72  # pixels that are written
 
 
 def icons() -> dict[str, tuple[str, Image.Image]]:
     """Group and icon by code point."""
-    font, group, made, seen = ImageFont.truetype(FONT, 109), "", {}, set[bytes]()
+    font = ImageFont.truetype(FONT, 109)
+    made: dict[str, tuple[str, Image.Image]] = {}
+    seen: set[bytes] = set()
+    group = ""
     for line in LIST.read_text().splitlines():
         if line.startswith("# group: "):
             group = re.sub(r"[^a-z]+", "-", line.removeprefix("# group: ").lower())

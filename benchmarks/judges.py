@@ -58,9 +58,12 @@ from ncsn.evaluation.scores import inception_score, precision_recall
 from ncsn.steps.ingest import write_images
 
 NUM_FEATURES = 96
-STEPS, BATCH = 3000, 64  # of the training of a judge
-LEARNING_RATE, WEIGHT_DECAY = 2e-3, 0.05
-REAL, AGAIN = "real test images", "training images, drawn again"
+STEPS = 3000  # of the training of a judge
+BATCH = 64
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+REAL = "real test images"
+AGAIN = "training images, drawn again"
 FIGURES = {  # of sets of equal numbers: key of a line -> head of its column, and how it is shown
     "equal": ("distance", "{:.2f}"),
     "confidence": ("confidence", "{:.4f}"),
@@ -78,7 +81,6 @@ def main() -> None:
     parser.add_argument("--show", type=Path, help="print this table as Markdown")
     parser.add_argument("--out", type=Path, help="table to append to, a JSON object a line")
     parser.add_argument("--set", dest="change", action="append", default=[], help="a.b=value of the recipe")
-    parser.add_argument("--name", help="of the row; by default the settings of --set")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=5120)
     parser.add_argument("--judge-seed", type=int, default=0)
@@ -89,7 +91,8 @@ def main() -> None:
         return
     if options.recipe is None or options.out is None:
         parser.error("needs a recipe and --out, or --show")
-    text, work = options.recipe.read_text(), str(options.work.absolute())
+    text = options.recipe.read_text()
+    work = str(options.work.absolute())
     alone = ["compute.num_workers=1", "compute.cpus_per_worker=1", *options.change]
     torch.set_num_threads(1)
     dataset = write_images(from_yaml(text, overrides=alone), work).uri
@@ -105,7 +108,7 @@ def main() -> None:
         lines.append({"change": REAL, "seed": None, "images": None, "by": [seat.real() for seat in jury]})
         again = [seat.again(options.samples) for seat in jury]
         lines.append({"change": AGAIN, "seed": None, "images": None, "by": again})
-    what = options.name or ", ".join(options.change) or "the recipe"
+    what = ", ".join(options.change) or "the recipe"
     for seed in options.seeds:
         config = from_yaml(text, overrides=[*alone, f"seed={seed}", f"sampling.num_images={options.samples}"])
         folder = sampled(config, trained(config, dataset=dataset, work=work), work=work)
@@ -271,7 +274,8 @@ class Seat:
 
     def _figures(self, extracted: Extracted, count: int) -> dict[str, Any]:
         features, train = (self.scale * each.features.astype(np.float64) for each in (extracted, self.train))
-        reference, seen = FrechetStatistics.of(train), extracted.log_probabilities.argmax(axis=1)
+        reference = FrechetStatistics.of(train)
+        seen = extracted.log_probabilities.argmax(axis=1)
         # Class by class, so that every k-th of them have the same shares.
         wanted = np.round(self.shares * count).astype(int)
         chosen = np.concatenate([np.flatnonzero(seen == label)[:most] for label, most in enumerate(wanted)])
@@ -279,10 +283,12 @@ class Seat:
         groups = [FrechetStatistics.of(features[part]) for part in parts]
         size = min(len(self.test.features), len(chosen))
         some = train[keyed_permutation(COMMON_SEED, epoch=0, size=len(train))[:size]]
-        sets, number = [], len(chosen) // size
+        number = len(chosen) // size
+        sets = []
         for part in (chosen[first::number] for first in range(number)):
             own = part[np.linspace(0, len(part) - 1, size).astype(int)]
-            balls, probabilities = precision_recall(features[own], some), extracted.log_probabilities[own]
+            balls = precision_recall(features[own], some)
+            probabilities = extracted.log_probabilities[own]
             sets.append(
                 {
                     "equal": frechet_distance(FrechetStatistics.of(features[own]), reference),

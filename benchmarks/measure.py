@@ -80,9 +80,9 @@ def _call(clock: Clock) -> float:
     return clock() - began
 
 
-def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """Speedup: the median over the rounds of the ratios within a round."""
-    return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+def ratio(measured: Mapping[str, list[float]], one: str, other: str) -> float:
+    """One over the other: the median over the rounds of the ratios within a round."""
+    return statistics.median(a / b for a, b in zip(measured[one], measured[other], strict=True))
 
 
 def table(rows: list[Row]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -53,11 +53,6 @@ class Work(TorchDispatchMode):
         """Of an image; a multiplication and its addition are two."""
         return sum(flop for flop, _ in self.operations) / self.images
 
-    @property
-    def bytes(self) -> float:
-        """Of an image, from and to memory in bfloat16."""
-        return 2 * sum(values for _, values in self.operations) / self.images
-
     def seconds(self, gpu: str, *, precision: str) -> float:
         """Predicted for an image. Each kernel waits for its products or for memory; float32 takes twice as long."""
         flops, bandwidth = GPUS[gpu]
@@ -78,7 +73,8 @@ class Work(TorchDispatchMode):
         )
         read, written = (sum(values for _, values in each) for each in (given, made))
         passed = sum(values for place, values in given if place in self._unwritten)
-        elementwise, norm = torch.Tag.pointwise in func.tags or "_to_copy" in func.name(), "_norm" in func.name()
+        elementwise = torch.Tag.pointwise in func.tags or "_to_copy" in func.name()
+        norm = "_norm" in func.name()
         if not elementwise:
             self._unwritten -= {place for place, _ in given}
         self._unwritten -= {place for place, _ in made}
@@ -90,8 +86,8 @@ class Work(TorchDispatchMode):
         return result
 
 
-def works(config: Config) -> tuple[nn.Module, Work, Work]:
-    """The network without values, and the work of one worker: a training step, and the scores of a batch of samples."""
+def predict(config: Config, *, gpu: str) -> dict[str, Any]:
+    """The estimate of `ncsn plan` for workers with one of `GPUS` each. The config has noise levels and uses GPUs."""
     network, work = without_values(config)
     counted = []
     for images, compute in work.values():
@@ -100,14 +96,10 @@ def works(config: Config) -> tuple[nn.Module, Work, Work]:
         counted.append(operations)
     training, sampling = counted
     training.operations.append((0, _OF_UPDATE * sum(parameter.numel() for parameter in network.parameters())))
-    return network, training, sampling
-
-
-def predict(config: Config, *, gpu: str) -> dict[str, Any]:
-    """The estimate of `ncsn plan` for workers with one of `GPUS` each. The config has noise levels and uses GPUs."""
-    _, training, sampling = works(config)
-    workers, train, sample = config.compute.max_workers, config.train.precision, config.sampling.precision
-    times = training.seconds(gpu, precision=train), sampling.seconds(gpu, precision={"auto": train}.get(sample, sample))
+    workers = config.compute.max_workers
+    precision = config.train.precision
+    precision_of_samples = precision if config.sampling.precision == "auto" else config.sampling.precision
+    times = training.seconds(gpu, precision=precision), sampling.seconds(gpu, precision=precision_of_samples)
     basis = f"predicted for {workers} x {gpu} at {SHARE:.0%} of what its data sheet allows"
     return estimate(config, Speed(*(time / workers for time in times)), basis=basis)
 

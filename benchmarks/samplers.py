@@ -1,6 +1,6 @@
 """Quality against the number of network evaluations: one checkpoint, many samplers.
 
-    python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml --out samplers.json
+    python -m benchmarks.samplers CHECKPOINT DATASET SETTINGS.yaml
 
 SETTINGS.yaml lists settings, each with a name, a `sampler` as in a config's `sampling.sampler`, and optionally
 `precision`, `num_images`, `batch_size`, `label`, `guidance` and `levels`. Images stay below --work by what they depend
@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,10 @@ class Row:
     score: float
     recall: float
     agreement: float | None  # None without classes
-    sampler: dict[str, Any]
-    precision: str
 
 
 def main() -> None:
-    """Make the images, measure them, print the table and write it as JSON."""
+    """Make the images, measure them and print the table."""
     options = _options()
     checkpoint = load_checkpoint(options.checkpoint)
     config = from_yaml(to_yaml(checkpoint.config), overrides=options.overrides)
@@ -108,8 +105,6 @@ def main() -> None:
             f"| {name} | {nfe} | {seconds:.2f} | {mean['fid']:.2f}{spread} | {1000 * mean['kid']:.1f} "
             f"| {score} | {mean['recall']:.3f} | {agreement} | {len(sets)} x {count:,} |"
         )
-    if options.out is not None:
-        options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 def _options() -> argparse.Namespace:
@@ -122,7 +117,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=256, help="images made at once, likewise")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/samplers"), help="where images are kept")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="a.b=value of the config")
     return parser.parse_args()
 
@@ -197,8 +191,6 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
             labels,
             nfe=setting.sampling.sampler.num_evaluations(config.levels.num_levels),
             seconds_per_64=statistics.median(seconds),
-            sampler=asdict(setting.sampling.sampler),
-            precision=setting.sampling.precision,
         )
         for setting in settings
         for images, labels, seconds in [_kept(setting)]
@@ -208,7 +200,7 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
     batches = [real[first : first + QUOTED] for first in range(0, len(real), QUOTED)]
     labels = others.labels[:num_images]
     name = f"real {'training' if versus == 'test' else 'test'} images"
-    return [*rows, row(name, batches, labels, nfe=0, seconds_per_64=0.0, sampler={}, precision="")]
+    return [*rows, row(name, batches, labels, nfe=0, seconds_per_64=0.0)]
 
 
 def _kept(setting: Setting) -> tuple[list[np.ndarray], np.ndarray, list[float]]:

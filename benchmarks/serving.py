@@ -21,7 +21,10 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 from ports import free_port
 from served import make_champion, trained_by
 
-BATCH, REQUESTS, CLIENTS, ROUNDS = 64, 16, 4, 6
+BATCH = 64
+REQUESTS = 16
+CLIENTS = 4
+ROUNDS = 6
 SIZE = ("network.widths=[32, 64]", "sampling.sampler.num_steps=18", f"sampling.batch_size={BATCH}")
 
 

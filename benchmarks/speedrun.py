@@ -7,9 +7,8 @@
 The budget is images at the recipe's cost: a change by which an image costs r times as much has 1 / r of the images. The
 steps of both are timed in turns in this process, with one thread. The held-out loss is that of the EMA weights on the
 test images, with noise and weight of the recipe (those of Karras et al. for one that trains at levels), so it may be
-compared between changes. --screen trains for a quarter of the budget and measures nothing else, as --samples 0 does.
-Otherwise a line has too, of --samples images: the kernel distance and recall by `clusters`, the recipe's own Fréchet
-distance, and how many images are copies.
+compared between changes. With --samples 0 nothing else is measured. Otherwise a line has too, of --samples images:
+the kernel distance and recall by `clusters`, the recipe's own Fréchet distance, and how many images are copies.
 
 `--base a.b=value` changes the recipe itself, for both sides, as one change after the other is kept. Trainings, images
 and ratios stay below --work, so what is there is not made again.
@@ -25,30 +24,43 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 
-from benchmarks.edm_loss import held_out_losses
 from benchmarks.measure import in_turns, ratio
 from ncsn import storage
 from ncsn.config import Config, from_yaml, training_settings
 from ncsn.config.training import LognormalTraining, edm_mean
-from ncsn.core.losses import EdmWeight
+from ncsn.core.keyed_random import COMMON_SEED, Stream
+from ncsn.core.losses import EdmWeight, losses_at
 from ncsn.core.training_noise import LognormalNoise
-from ncsn.data.format import Rows, read_split
+from ncsn.data.format import read_split
 from ncsn.distributed.sampling import make_shards, plan_shards
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.steps.evaluate import evaluate
 from ncsn.steps.ingest import write_images
+from ncsn.training.batches import encoded, gray_words
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import DivergedError, Training, TrainingJob, train_loop
 
 HELD_OUT = 1000  # most test images of the held-out loss
-ROUNDS, IMAGES = 11, 1024  # of the timing, and in each round
+HELD_OUT_BATCH = 250
+ROUNDS = 11  # of the timing
+IMAGES = 1024  # in each round
 SAME_COST = (  # settings that no step costs more or less by
-    *("name", "seed", "data.root", "optimizer.learning_rate", "optimizer.muon.learning_rate", "train.num_images"),
-    *("optimizer.warmup_images", "optimizer.decay", "optimizer.decay_images"),
-    *("noise.training.mean", "noise.training.std", "train.label_dropout"),
+    "name",
+    "seed",
+    "data.root",
+    "noise.training.mean",
+    "noise.training.std",
+    "optimizer.decay",
+    "optimizer.decay_images",
+    "optimizer.learning_rate",
+    "optimizer.muon.learning_rate",
+    "optimizer.warmup_images",
+    "train.label_dropout",
+    "train.num_images",
 )
 COLUMNS = {  # key of a line -> head of its column, and how a number is shown
     "change": ("change", "{}"),
@@ -73,7 +85,6 @@ def main() -> None:
     parser.add_argument("--set", dest="change", action="append", default=[], help="a.b=value of the change")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=5000)
-    parser.add_argument("--screen", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(".ncsn/benchmarks/speedrun"))
     options = parser.parse_args()
     if options.show is not None:
@@ -81,16 +92,17 @@ def main() -> None:
         return
     if options.recipe is None or options.out is None or options.images is None:
         parser.error("needs a recipe, --out and --images, or --show")
-    text, work = options.recipe.read_text(), str(options.work.absolute())
+    text = options.recipe.read_text()
+    work = str(options.work.absolute())
     alone = ["compute.num_workers=1", "compute.cpus_per_worker=1", *options.base]
-    recipe, changed = from_yaml(text, overrides=alone), from_yaml(text, overrides=[*alone, *options.change])
+    recipe = from_yaml(text, overrides=alone)
+    changed = from_yaml(text, overrides=[*alone, *options.change])
     torch.set_num_threads(1)
     dataset = write_images(recipe, work).uri
     times = cost_ratio(recipe, changed, dataset=dataset, work=work)
-    budget = options.images // 4 if options.screen else options.images
     what = ", ".join(options.change) or ("the recipe" + (f" with {', '.join(options.base)}" if options.base else ""))
     for seed in options.seeds:
-        length = [f"train.num_images={round(budget / times)}", f"seed={seed}"]
+        length = [f"train.num_images={round(options.images / times)}", f"seed={seed}"]
         config = from_yaml(text, overrides=[*alone, *options.change, *length])
         line: dict[str, Any] = {"change": what, "seed": seed, "images": config.train.num_images, "ratio": times}
         try:
@@ -99,7 +111,7 @@ def main() -> None:
             line["held_out"] = None
         else:
             line["held_out"] = held_out(recipe, checkpoint, dataset=dataset)
-            if not options.screen and options.samples:
+            if options.samples:
                 line |= quality(config, checkpoint, dataset=dataset, count=options.samples, work=work)
         print(table([line]).splitlines()[-1], flush=True)
         with options.out.open("a") as file:
@@ -136,23 +148,38 @@ def trained(config: Config, *, dataset: str, work: str) -> str:
     """URI of the checkpoint at the end of the training."""
     length = config.train.num_images
     key = storage.digest(training_settings(config) | {"length": length, "dataset": dataset}, 16)
-    folder, rare = storage.join(work, "trainings", key), {"checkpoint_every_images": length}
-    config = config.model_copy(update={"train": config.train.model_copy(update=rare)})
-    job, place = TrainingJob(config, dataset), storage.join(folder, "checkpoints")
+    place = storage.join(work, "trainings", key, "checkpoints")
+    rare = config.train.model_copy(update={"checkpoint_every_images": length})
+    job = TrainingJob(config.model_copy(update={"train": rare}), dataset)
     return storage.join(place, train_loop(job, WorkerContext(), CheckpointStore(place, keep=1)).checkpoint)
 
 
 def held_out(recipe: Config, checkpoint: str, *, dataset: str) -> float:
-    """The loss of Karras et al. on test images, with noise and weight of the recipe."""
-    noise, sigma_data = recipe.noise.training, getattr(recipe.network, "sigma_data", None)
+    """The loss of Karras et al. on test images, with noise and weight of the recipe.
+
+    It is measured at ten equally probable sigmas; noise and images are those of the held-out loss of a training.
+    """
+    noise = recipe.noise.training
+    sigma_data = getattr(recipe.network, "sigma_data", None)
     assert sigma_data, "a network with a sigma_data"
     if not isinstance(noise, LognormalTraining):  # of a recipe that trains at levels
         noise = LognormalTraining(kind="lognormal", mean=edm_mean(sigma_data))
+    sigmas = LognormalNoise(noise.mean, noise.std).bins
     test = read_split(dataset, "test")
-    rows, sigmas = Rows(test.images[:HELD_OUT], test.labels[:HELD_OUT]), LognormalNoise(noise.mean, noise.std).bins
-    losses = held_out_losses(load_checkpoint(checkpoint), rows, sigmas=sigmas)
-    weight = EdmWeight(sigma_data)(sigmas.double()).numpy()
-    return float((weight[:, None] * losses).mean())
+    model = load_checkpoint(checkpoint)
+    parts = []
+    for first in range(0, min(HELD_OUT, len(test.images)), HELD_OUT_BATCH):
+        part = slice(first, min(first + HELD_OUT_BATCH, HELD_OUT))
+        images = torch.from_numpy(np.array(test.images[part]))
+        gray = gray_words(model.config, images, seed=COMMON_SEED, stream=Stream.HELD_OUT_DEQUANTIZE, first=first)
+        x = encoded(model.config, images, gray)
+        labels = None if model.config.data.num_classes is None else torch.from_numpy(np.array(test.labels[part]))
+        stream = Stream.HELD_OUT_NOISE
+        with torch.inference_mode():
+            losses = losses_at(model.network, x, first=first, sigmas=sigmas, levels=None, stream=stream, labels=labels)
+        parts.append(losses)
+    weight = EdmWeight(sigma_data)(sigmas.double())
+    return float((weight[:, None] * torch.cat(parts, dim=1).double()).mean())
 
 
 def sampled(config: Config, checkpoint: str, *, work: str) -> str:
@@ -166,7 +193,8 @@ def quality(config: Config, checkpoint: str, *, dataset: str, count: int, work: 
     """Distances, recall and copies of `count` samples."""
     sampling = config.sampling.model_copy(update={"num_images": count})
     config = config.model_copy(update={"sampling": sampling})
-    samples, found = sampled(config, checkpoint, work=work), []
+    samples = sampled(config, checkpoint, work=work)
+    found = []
     for extractor in (config.evaluation.extractor, "clusters"):
         settings = config.evaluation.model_copy(update={"extractor": extractor})
         judged = config.model_copy(update={"evaluation": settings})

@@ -18,11 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from ncsn.data.training_images import open_cache
 from ncsn.environment import settle
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
-from ncsn.evaluation.measure import measure_extracted
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import generate
@@ -46,28 +44,10 @@ from ncsn.storage import CACHE_DIR_VARIABLE
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
-
 CONFIG = Path(__file__).parents[1] / "configs" / "fashion_mnist.yaml"
-THEIR_BATCH, SAMPLE_BATCH = 16, 64
+THEIR_BATCH = 16
+SAMPLE_BATCH = 64
 SPEED_IMAGES = 128
-
-
-def their_network() -> UNet2DModel:
-    """UNet2DModel with 0.66 million parameters; ours has 0.70."""
-    from diffusers import UNet2DModel
-
-    return UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(16, 32, 48),
-        norm_num_groups=16,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    )
 
 
 class Theirs:
@@ -76,14 +56,23 @@ class Theirs:
     batch = THEIR_BATCH
 
     def __init__(self, dataset: str, *, steps: int) -> None:
-        torch.manual_seed(0)
-        self.images = open_cache(dataset, "train").images
-        self.draw = np.random.default_rng(0)
-        self.network = their_network()
-        from diffusers import DDPMScheduler
+        from diffusers import DDPMScheduler, UNet2DModel
         from diffusers.optimization import get_cosine_schedule_with_warmup
         from diffusers.training_utils import EMAModel
 
+        torch.manual_seed(0)
+        self.images = open_cache(dataset, "train").images
+        self.draw = np.random.default_rng(0)
+        self.network = UNet2DModel(  # of 0.66 million parameters; ours has 0.70
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(16, 32, 48),
+            norm_num_groups=16,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )
         self.ddpm = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
@@ -110,7 +99,8 @@ class Theirs:
         self.ema.copy_to(self.network.parameters())
         self.network.eval()
         self.ddpm.set_timesteps(evaluations)
-        made, draw = [], torch.Generator().manual_seed(0)
+        draw = torch.Generator().manual_seed(0)
+        made = []
         for first in range(0, count, SAMPLE_BATCH):
             x = torch.randn(min(SAMPLE_BATCH, count - first), 1, 28, 28, generator=draw)
             for t in self.ddpm.timesteps:
@@ -124,17 +114,17 @@ class Ours:
 
     def __init__(self, dataset: str, *, config: Config, folder: Path) -> None:
         settle()
-        self.training = Training(
-            TrainingJob(config=config, dataset=dataset), WorkerContext(), CheckpointStore(str(folder))
-        )
-        self.batch, self.folder = config.train.batch_size, folder
+        self.store = CheckpointStore(str(folder))
+        self.training = Training(TrainingJob(config=config, dataset=dataset), WorkerContext(), self.store)
+        self.batch = config.train.batch_size
         self.step: Callable[[], None] = self.training.step
 
     def sample(self, count: int) -> NDArray[np.uint8]:
         """Images of the averaged weights by the config's sampler."""
         self.training.report()
         self.training.save()
-        trained = load_checkpoint(str(self.folder / self.training.saved))
+        self.store.wait()
+        trained = load_checkpoint(f"{self.store.uri}/{self.training.saved}")
         return generate(trained, sampling=trained.config.sampling, first=0, count=count)
 
 
@@ -169,27 +159,18 @@ def speed_row(dataset: str, folder: str, *, rounds: int) -> Row:
     )
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """Fréchet distance by the config's classifier of a dataset."""
-
-    dataset: str
-
-    def fid(self, images: NDArray[np.uint8]) -> float:
-        """Of uint8 images [N, H, W, C]."""
-        reference = open_evaluator(_config(), self.dataset).reference
-        extractor = extractor_of(_config(), self.dataset)
-        measured = measure_extracted(
-            joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)]),
-            reference=reference,
-            num_splits=2,
-        )
-        return float(measured.metrics["fid"].value)
+def distance(images: NDArray[np.uint8], dataset: str) -> float:
+    """Fréchet distance of uint8 images [N, H, W, C] by the config's classifier of a dataset."""
+    evaluator = open_evaluator(_config(), dataset)  # which trains the classifier
+    extractor = extractor_of(_config(), dataset)
+    extracted = joined([extractor.extract(batch) for batch in batches(images, batch_size=SAMPLE_BATCH)])
+    return evaluator.distance(extracted.features)
 
 
 def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, evaluations: int) -> Row:
     """Both trained at the same time, each on half of the cores; each schedule ends when the time is over."""
-    scorer, fids, said = Scorer(dataset), {}, []
+    fids: dict[str, float] = {}
+    said = []
     barrier = get_context("spawn").Barrier(2)
     with ProcessPoolExecutor(2, get_context("spawn"), _meet, (barrier,)) as pool:
         sides = {
@@ -198,9 +179,9 @@ def quality_row(dataset: str, folder: Path, *, minutes: float, images: int, eval
         }
         for name, side in sides.items():
             seen, seconds, samples = side.result()
-            fids[name] = scorer.fid(samples)
+            fids[name] = distance(samples, dataset)
             said.append(f"{fids[name]:.1f} after {seen:,} images in {seconds / 60:.1f} minutes")
-    real = scorer.fid(open_cache(dataset, "test").images[:images])
+    real = distance(open_cache(dataset, "test").images[:images], dataset)
     return Row(
         "unet",
         f"classifier FID of {images} images after {minutes:g} minutes of training over that of diffusers'",
@@ -240,7 +221,8 @@ def _steps(name: str, dataset: str, folder: Path, seconds: float) -> int:
     """Steps that fit in the time, by a short trial, so that the schedules know their end."""
     side = _side(name, dataset, folder / f"{name}-try", steps=10_000)
     side.step()
-    began, count = time.perf_counter(), 0
+    count = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < min(5.0, seconds / 10):
         side.step()
         count += 1

@@ -45,7 +45,8 @@ def judge(root: str, run: str, *, pictures: Path | None, noise: bool = False) ->
     config = from_yaml(storage.read_text(folder.config), overrides=[f"storage.root={root}"])
     made, ingested, trained = (read_step(folder, step).result for step in ("sample", "ingest", "train"))
     with tempfile.TemporaryDirectory() as temporary:
-        samples, count = made["uri"], config.sampling.num_images
+        samples = made["uri"]
+        count = config.sampling.num_images
         if noise:
             shape = (count, *load_manifest(ingested["uri"]).pixels.shape)
             pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -26,7 +26,8 @@ from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance
 HEUN = KarrasHeun(num_steps=18)
 LANGEVIN = AnnealedLangevin(epsilon=3e-5, steps_per_level=10)
 ROWS = 6
-COUNT, SETS = 2560, 5  # samples of a set, and sets for a point of quality
+COUNT = 2560  # samples of a set
+SETS = 5  # for a point of quality
 
 
 def chain(model: Model, *, rows: int = ROWS) -> Tensor:
@@ -73,7 +74,8 @@ def statistics(images: Tensor) -> FrechetStatistics:
 
 def quality(model: Model, images: Images) -> dict[str, dict[int, tuple[float, float]]]:
     """Sampler -> NFE -> mean and standard deviation of the Fréchet distance over the sets of samples."""
-    levels, real = len(model.network.sigmas), statistics(images.train)
+    levels = len(model.network.sigmas)
+    real = statistics(images.train)
     samplers: dict[str, list[Sampler]] = {
         "Heun": [KarrasHeun(num_steps=n) for n in (5, 9, 18)],
         "DPM-Solver++(2M)": [DpmSolver(num_steps=n) for n in (9, 17, 35)],

@@ -1,13 +1,9 @@
-"""The arithmetic of the benchmarks, and that the rows of the GPU need torch and numpy only."""
+"""The arithmetic of the benchmarks."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +13,8 @@ import torchvision
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from benchmarks import gpu, judges, roofline, training_step
+from benchmarks import judges, roofline
 from benchmarks.measure import in_turns, ratio
-from benchmarks.scale import Machines, Work, step_on
-from benchmarks.training_step import loss_curves, measure
 from ncsn.config import from_yaml
 from ncsn.data.format import Rows
 
@@ -33,19 +27,6 @@ def test_a_ratio_is_the_median_over_rounds() -> None:
     seconds = in_turns({"slow": lambda: None, "fast": lambda: None}, rounds=3, clock=lambda: float(next(ticks)))
     assert seconds == {"slow": [2, 60, 5], "fast": [1, 20, 1]}
     assert ratio(seconds, "slow", "fast") == 3
-
-
-def test_gradients_go_around_the_rings_in_and_between_nodes() -> None:
-    work = Work(parameters=25_000_000, flop=1e9, image_bytes=1000, batch=64, checkpoint_every=6400)
-    machines = Machines(flops=1e12, inside=1e11, network=1e10, store=1e9, hop_seconds=0.0)
-    alone, near, far = (step_on(gpus, work, machines, batch=64) for gpus in (1, 8, 16))
-    assert alone.seconds == alone.compute == pytest.approx(64 * 1e9 / 1e12)
-    assert alone.all_reduce == 0 and alone.limit(machines) == "computation"
-    assert (alone.data_rate, alone.checkpoint, alone.interval) == pytest.approx((1e6, 0.4, 6.4))
-    assert near.all_reduce == pytest.approx(2 * 7 / 8 * 100e6 / 1e11)
-    assert far.all_reduce == pytest.approx(near.all_reduce + 2 * 1 / 2 * 100e6 / 1e10)
-    assert far.seconds == pytest.approx(far.compute / 3 + far.all_reduce)  # the backward pass hides two thirds
-    assert far.limit(machines) == "gradients"
 
 
 def test_half_of_what_a_gpu_allows_is_what_nvidia_s_resnet_50_reaches() -> None:
@@ -73,42 +54,6 @@ def test_a_recipe_for_gpus_says_what_is_predicted_and_ends_in_time(path: Path) -
     for cost in found["steps"].values():
         assert cost["seconds"] / 3600 < recipe.compute.kuberay.max_hours
     assert 16 * found["parameters"] < 1e9 * found["worker_gb"] < 80e9
-
-
-def test_the_gpu_parts_run_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    @contextmanager
-    def here(prepare, *args, clock):  # three other processes would each import torch
-        call = prepare(*args)
-
-        def seconds() -> float:
-            began = clock()
-            call()
-            return clock() - began
-
-        yield seconds
-
-    monkeypatch.setattr(training_step, "own_process", here)
-    cpu = torch.device("cpu")
-    assert gpu.sampling(cpu, images=2, steps_per_level=1, num_features=8).value > 0
-    found = loss_curves(device=cpu, batch=2, steps=10, num_features=8)
-    assert found.value == pytest.approx(1, abs=0.1)
-    step, use = measure(device=cpu, batch=1, rounds=1, compiled=False, speedup=1.0, share_of_peak=1.0)
-    assert step.value > 0 and 0 < use.value < 200
-    monkeypatch.setattr(gpu, "BUDGET_SECONDS", 0.0)
-    assert [found for part in gpu.parts(device="cpu") for found in part()] == [], "none starts after the budget"
-
-
-def test_the_gpu_rows_need_only_torch_and_numpy() -> None:
-    code = """if True:
-        import json, sys
-        import numpy, torch
-        before = set(sys.modules)
-        import benchmarks.__main__, benchmarks.gpu
-        print(json.dumps(sorted({name.split(".")[0] for name in set(sys.modules) - before})))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(json.loads(done.stdout)) - sys.stdlib_module_names == {"benchmarks", "ncsn"}
 
 
 @pytest.mark.parametrize("body", judges.BODIES)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from plain_ncsn import PlainNcsn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain_ncsn import PlainNcsn
 from ncsn.core.networks.refinenet import NcsnNetwork, elu
 
 

@@ -1,7 +1,6 @@
 """The network of Song & Ermon 2019 (appendix A) as plain code, written from the paper and not optimized.
 
-The baseline of the training benchmark and an independent check of ncsn.core.networks.refinenet: parameters have the
-same names, so each loads the other's. It is float32 and eager.
+An independent check of ncsn.core.networks.refinenet: parameters have the same names, so each loads the other's.
 """
 
 from __future__ import annotations
