@@ -89,6 +89,9 @@ def execute(
     try:
         refuse(step, run)
         inputs = find_inputs(folder, step, given, config=config)
+        for name, uri in inputs.items():
+            if there and config.compute.backend == "kuberay":
+                _require_shared(f"--{name}", uri)
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
         with run.alone() if step in CONTINUING and lease is None else nullcontext():
             if not run.claimed:
@@ -149,12 +152,9 @@ def refuse(step: str, run: Run) -> None:
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     if step == "evaluate":
         require_splits(config)
-    on_cluster = STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay"
-    if on_cluster:
+    if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay":
         require_module("kubernetes")
-    if on_cluster and storage.is_local(folder.uri):
-        reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
-        raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
+        _require_shared("storage.root", config.storage.root)
     here = config.compute.backend == "local" and "RAY_ADDRESS" not in os.environ
     if here and step == (SEARCH if config.search else "train") and not read_step(folder, step).result:
         from ncsn.distributed.cluster import require_machine  # loads Ray
@@ -170,6 +170,12 @@ def refuse(step: str, run: Run) -> None:
         from ncsn.steps.ingest import agreed_inputs  # loads NumPy and Arrow
 
         run.images = agreed_inputs(run)
+
+
+def _require_shared(key: str, uri: str) -> None:
+    if storage.is_local(uri):
+        reason = "a folder of this machine, which the pods of a cluster cannot reach"
+        raise UserError(key, reason, hint="use s3://BUCKET/PREFIX", value=uri)
 
 
 def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any], begun: str | None) -> bool:
