@@ -27,7 +27,7 @@ from ray import serve
 from ray.exceptions import ActorAlreadyExistsError, RayActorError
 from ray.serve._private import replica
 from ray.util.metrics import Counter, Histogram
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from ncsn.distributed.cluster import LOOPBACK, is_own, ray_cluster
@@ -163,6 +163,8 @@ class Front:
             return PlainTextResponse("Content-Type must be application/json\n", 415)
         try:
             wanted = asked.read(await request.body())
+        except ClientDisconnect:
+            return Response(status_code=408)  # to nobody
         except UserError as error:
             return PlainTextResponse(_line(error), 400)
         if self._ends:

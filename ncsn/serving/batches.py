@@ -19,7 +19,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import SeedRange, ranges_of
 
-MOST_REQUESTS = 1000  # at once: enough for full batches of single images
+MOST_REQUESTS = 2000  # at once
 DEADLINE_SECONDS = 600.0  # of a request
 _GATHER_SECONDS = 0.01  # for requests that come together
 

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS, Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_WAITING = 1000
+MOST_CONNECTIONS = 4000  # For each that has asked, Ray takes 200 KB in each of two processes.
+MOST_WAITING = 1000  # of them for their clients
 MOST_BYTES = 65536  # of a body, and of what uvicorn has not taken from a connection
 _ON_LOOPBACK = ("127.0.0.1", "localhost")
 _HEADERS = (b"content-type", b"host")  # that the application reads; by others Ray Serve lets a client change its rules
@@ -21,9 +22,9 @@ _HEADERS = (b"content-type", b"host")  # that the application reads; by others R
 class Connection(H11Protocol):
     """Is aborted if a request is not there whole `keep_alive_timeout_s` after its start or after the last answer.
 
-    uvicorn forgets that time at the first byte. The time in which an answer is taken counts too. Of more than
-    `MOST_WAITING` that wait for their clients the oldest is aborted, so that many slow ones do not keep out others. h11
-    refuses a head of more than 16 KB that comes in parts.
+    uvicorn forgets that time at the first byte. In it the answer is taken, too. Of more than `MOST_WAITING` that wait
+    for their clients the oldest is aborted, so that many slow ones do not keep out others. h11 refuses a head of more
+    than 16 KB that comes in parts.
     """
 
     _waiting: ClassVar[dict[Connection, TimerHandle]] = {}  # the oldest first
@@ -31,6 +32,7 @@ class Connection(H11Protocol):
     def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         self.ws_protocol_class = None  # websockets would have other limits
+        self.limit_concurrency = MOST_CONNECTIONS  # the next ones get 503
         self.app = partial(_ask_when_whole, self.app)
         if config.host in _ON_LOOPBACK:
             # The name of another page's server may have become this address: a browser would let it read the answers.

@@ -65,9 +65,9 @@ def make_champion(root: Path, seed: int, *overrides: str, name: str = "tiny") ->
     return f"models:/{name}/{version}"
 
 
-def ask(handle: Any, method: str, path: str, body: bytes = b"", *, kind: str = "application/json") -> Response:
-    """What is answered to a body."""
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+def ask(handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json") -> Response:
+    """What is answered to a body; None for a client that goes before it has sent one."""
+    messages = [{"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}]
 
     async def receive() -> dict[str, Any]:
         return messages.pop()

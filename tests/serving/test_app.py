@@ -87,6 +87,10 @@ def test_a_mistake_is_one_line_with_its_status(handle, method, path, body, kind,
     assert bytes(answer.body).count(b"\n") == 1 and bytes(answer.body).endswith(b"\n")
 
 
+def test_a_client_that_goes_is_no_failure(handle: Any) -> None:
+    assert ask(handle, "POST", "/images", None).status_code == 408
+
+
 def test_what_is_wrong_with_a_request_is_said_in_short() -> None:
     unknown, long = {f"k{i}": 1 for i in range(5000)}, {"a" * 60_000: 1}
     for given in (unknown, long, {"sampler": {"kind": "karras_heun", **unknown}}, {"sampler": long}):

@@ -28,6 +28,7 @@ LARGE = 20_000_000
 
 
 async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+    await Request(scope, receive).body()
     await asyncio.sleep(2)
     await PlainTextResponse("made")(scope, receive, send)
 
@@ -108,6 +109,15 @@ def test_silent_clients_keep_nobody_out(sent: bytes, rest: bytes, monkeypatch: p
         assert answer(connect(), ASK + b"\r\n") == b"200"
         assert [answer(each) for each in silent[:4]] == [b""] * 4
         assert answer(silent[-1], rest) == b"200"
+
+
+def test_who_comes_when_all_others_are_being_answered_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 5)
+    with serving("127.0.0.1", seconds=60) as connect:
+        asking = [connect() for _ in range(6)]
+        for each in asking:
+            each.sendall(ASK + b"\r\n")
+        assert sorted(answer(each) for each in asking) == [b"200"] * 4 + [b"503"] * 2
 
 
 def test_a_body_comes_whole_or_not_at_all_and_a_client_sets_no_rules_of_ray_serve() -> None:
