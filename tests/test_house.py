@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 3027,
+    "ncsn/data": 3106,
     "ncsn/evaluation": 2419,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 4368,
     "ncsn/model": 1520,
     "ncsn/distributed": 1515,
     "ncsn/config": 1912,
-    "ncsn/cli": 1858,
+    "ncsn/cli": 1859,
     "ncsn/tracking": 1482,
     "ncsn/report": 1065,
     "ncsn/remote": 1642,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2016,
-    "ncsn/serving": 578,
+    "ncsn/serving": 597,
     "ncsn/training": 1033,
     "components pipelines": 1139,
     "ncsn/storage": 912,
     "examples": 1141,
-    "tests": 26536,
+    "tests": 26680,
 }
-MOST_WORDS = 21008
+MOST_WORDS = 21006
 
 
 def _name(path: Path) -> str:
