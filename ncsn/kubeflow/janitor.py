@@ -31,12 +31,13 @@ from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, 
 from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector
 from ncsn.runs.folder import RunFolder, read_outcome, run_folder
 from ncsn.storage.heartbeat import LEASE_SECONDS, is_abandoned
-from ncsn.storage.retry import limited
+from ncsn.storage.retry import S3_SCHEME, limited
 
 _STORE_SECONDS = 20.0
 _NOTE_SECONDS = 10.0
 _NOTE_BYTES = 8 << 10  # at most; that of a config with nearly every setting has 4,600
 _STORE_SETTING = "storage.root="  # of a RayJob's command
+_STORES = (S3_SCHEME,)  # that pods share; a local one would be a folder of the janitor's own machine
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
     seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
     with suppress(OSError, UserError, ValueError, LookupError), limited(_STORE_SECONDS):  # or it is not of ncsn
         words = shlex.split(rayjob["spec"]["entrypoint"])
-        return is_abandoned(words[words.index("--lease") + 1], seconds=seconds)
+        lease = words[words.index("--lease") + 1]
+        return lease.startswith(f"{_folder_of(rayjob).uri}/") and is_abandoned(lease, seconds=seconds)
     return False
 
 
@@ -191,19 +193,33 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
         _note(api, noted, None)
 
 
+def _folder_of(rayjob: Resource) -> RunFolder:
+    """The run of a RayJob; its command says which store has it."""
+    words = shlex.split(rayjob["spec"]["entrypoint"])
+    root = next((word.removeprefix(_STORE_SETTING) for word in words if word.startswith(_STORE_SETTING)), "")
+    return RunFolder(_shared(root), rayjob["metadata"]["labels"][RUN_LABEL])
+
+
 def _close_run_of(rayjob: Resource) -> None:
-    """Close the run of a RayJob that nobody noted; its command says which store has it."""
-    words, run = shlex.split(rayjob["spec"]["entrypoint"]), rayjob["metadata"]["labels"][RUN_LABEL]
-    root = next(word.removeprefix(_STORE_SETTING) for word in words if word.startswith(_STORE_SETTING))
-    folder = RunFolder(root, run)
+    """Close the run of a RayJob that nobody noted."""
+    folder = _folder_of(rayjob)
     with limited(_STORE_SECONDS):
         text = storage.read_text(folder.config)
-    _finish(_taken(text, f"{_STORE_SETTING}{root}"), run, "CANCELED")
+    _finish(_taken(text, f"{_STORE_SETTING}{folder.root}"), folder.run, "CANCELED")
 
 
 def _taken(text: str, *overrides: str) -> Config:
     """The config in a note or a record, without addresses, to which the janitor would send its own passwords."""
-    return from_yaml(text, overrides=overrides, without=ADDRESSES)
+    config = from_yaml(text, overrides=overrides, without=ADDRESSES)
+    _shared(config.storage.root)
+    return config
+
+
+def _shared(root: str) -> str:
+    """The root of a store that pods share; what somebody wrote for the janitor names no folder of its machine."""
+    if not root.startswith(_STORES) or ".." in root.split("/"):
+        raise UserError("storage.root", "is no store that pods share", hint="use s3://BUCKET/PREFIX", value=root)
+    return root
 
 
 def _finish(

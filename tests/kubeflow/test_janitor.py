@@ -24,6 +24,7 @@ from components.tasks import finish as exit_handler
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
+from ncsn.config.schema import StorageConfig
 from ncsn.environment import KFP_RUN_ID, KFP_WORKFLOW, KfpRun
 from ncsn.events import tell
 from ncsn.kubeflow import finish
@@ -44,7 +45,9 @@ OWNER = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": WORKF
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a store that stands for one in S3."""
+    monkeypatch.setattr("ncsn.kubeflow.janitor._STORES", ("s3://", f"{tmp_path}/store"))
     return from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store", "data.max_images=16"])
 
 
@@ -223,14 +226,18 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
         ("hangs", "Running", 2.5),
         ("ended", "Failed", 2.5),
         ("unknown", "Initializing"),
+        ("local", "Initializing", 2.5),
+        ("lease", "Initializing", 2.5),
     ):
-        (root / name).mkdir()
-        for number, leases in enumerate(silent):
-            (root / name / str(number)).touch()
-            os.utime(root / name / str(number), (time.time() - leases * LEASE_SECONDS,) * 2)
         run = "theirs" if name == "hangs" else "mine"
-        rayjob(emulation, name, run=run, root=str(root), state=state, lease=str(root / name))
-    rayjob(emulation, "away", state="Initializing", lease="s3://bucket/lease")
+        own = root.with_name("outside") if name == "local" else root
+        place = (root.with_name("lease") if name == "lease" else own / "runs" / run) / name
+        place.mkdir(parents=True)
+        for number, leases in enumerate(silent):
+            (place / str(number)).touch()
+            os.utime(place / str(number), (time.time() - leases * LEASE_SECONDS,) * 2)
+        rayjob(emulation, name, run=run, root=str(own), state=state, lease=str(place))
+    rayjob(emulation, "away", state="Initializing", root="s3://bucket", lease="s3://bucket/runs/mine/lease")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr("ncsn.kubeflow.janitor._STORE_SECONDS", 0.1)
     claimed(config, "theirs")
@@ -238,8 +245,16 @@ def test_a_rayjob_without_a_workflow_lives_as_long_as_one_of_its_launchers(
     assert done == [["delete", "waits:"], ["delete", "hangs:"], ["close", "run"]]
     assert read_outcome(run_folder(config, "theirs")) is not None
     assert outcome(config) is None, "another RayJob of this run has a launcher"
-    assert {job["metadata"]["name"] for job in emulation.jobs} == {"alive", "saves", "ended", "unknown", "away"}
-    assert storage.list_names(str(root / "alive")) == ["0", "1"]
+    assert {job["metadata"]["name"] for job in emulation.jobs} == {
+        "alive",
+        "saves",
+        "ended",
+        "unknown",
+        "local",
+        "lease",
+        "away",
+    }
+    assert storage.list_names(f"{root}/runs/mine/alive") == ["0", "1"]
 
 
 @pytest.mark.usefixtures("begun")
@@ -257,15 +272,15 @@ def test_what_is_not_of_ncsn_keeps_it_from_nothing(emulation: Any) -> None:
 
 
 @pytest.mark.usefixtures("begun")
-def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Config) -> None:
+def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Config, tmp_path: Path) -> None:
     """Whoever may note a run may write anything into the ConfigMap of all."""
     workflow(emulation, "Failed")
     poison = ("[" * 4000, '{"a": ' * 1000, "[1]", "null", "x" * 10_000, "\ud800")
-    text = to_json(config)
+    text, theirs = to_json(config), config.model_copy(update={"storage": StorageConfig(root=f"{tmp_path}/outside")})
     repeated = (f'"{new}": &{new} [{", ".join([f"*{old}"] * 9)}]' for old, new in pairwise("abcdefgh"))
     anchors = f"{{seed: &a [x], {', '.join(repeated)}}}"
     fields: tuple[dict[str, Any], ...] = (
-        *({"config": each} for each in (anchors, "[" * 2000, f'{{"x": {text}}}', 5, None)),
+        *({"config": each} for each in (anchors, "[" * 2000, f'{{"x": {text}}}', 5, None, to_json(theirs))),
         *({"config": each} for each in ("a: !!bool foo", 'a: !!int ""', f"a: {'1:' * 200}1.5")),
         *({"workflow": each} for each in (None, ["w"])),
         *({"run": each} for each in (None, 7, "../up")),
@@ -284,6 +299,7 @@ def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Confi
     assert [(action.verb, action.error) for action in actions if action not in unread] == [("close", None)]
     found = outcome(config)
     assert found is not None and found.status == "FAILED" and len(notes(emulation)) == len(poison)
+    assert not Path(theirs.storage.root).exists()
 
 
 def test_a_note_that_the_janitor_would_not_read_is_not_written(emulation, config, monkeypatch, capsys) -> None:
