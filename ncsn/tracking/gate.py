@@ -6,7 +6,7 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -84,10 +84,11 @@ class Decision:
     waits: bool = False  # for `ncsn promote`: the gate would promote it
 
     @classmethod
+    @lru_cache(maxsize=256)  # the same few are read again and again
     def from_json(cls, text: str) -> Decision | None:
         """Inverse of `json.dumps(asdict(...))`, None for any other text; evidence of another version counts as none."""
         with suppress(ValueError, TypeError, RecursionError):
-            values, read = json.loads(text), TypeAdapter(cls).validate_python
+            values, read = json.loads(text), partial(TypeAdapter(cls).validate_python, extra="forbid")
             with suppress(ValidationError):
                 return read(values)
             return read(values | {"evidence": None})
