@@ -32,11 +32,11 @@ BUDGETS = {
     "ncsn/data": 3106,
     "ncsn/evaluation": 2419,
     "ncsn/steps ncsn/runs ncsn/kubeflow": 4368,
-    "ncsn/model": 1520,
+    "ncsn/model": 1528,
     "ncsn/distributed": 1515,
     "ncsn/config": 1912,
     "ncsn/cli": 1859,
-    "ncsn/tracking": 1482,
+    "ncsn/tracking": 1492,
     "ncsn/report": 1065,
     "ncsn/remote": 1642,
     "ncsn/library": 539,
@@ -46,7 +46,7 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 912,
     "examples": 1141,
-    "tests": 26680,
+    "tests": 26716,
 }
 MOST_WORDS = 21006
 
