@@ -29,14 +29,14 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3521,
-    "ncsn/data": 3106,
+    "ncsn/data": 3114,
     "ncsn/evaluation": 2419,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4368,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4370,
     "ncsn/model": 1528,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1912,
+    "ncsn/config": 1915,
     "ncsn/cli": 1859,
-    "ncsn/tracking": 1492,
+    "ncsn/tracking": 1498,
     "ncsn/report": 1065,
     "ncsn/remote": 1642,
     "ncsn/library": 539,
@@ -46,9 +46,9 @@ BUDGETS = {
     "components pipelines": 1139,
     "ncsn/storage": 912,
     "examples": 1141,
-    "tests": 26716,
+    "tests": 26752,
 }
-MOST_WORDS = 21006
+MOST_WORDS = 21043
 
 
 def _name(path: Path) -> str:
