@@ -29,26 +29,26 @@ LEAST_MODULES, MOST_MODULES = 2, 14  # of a package
 # could.
 BUDGETS = {
     "ncsn/core": 3315,
-    "ncsn/data": 3123,
+    "ncsn/data": 3131,
     "ncsn/evaluation": 2430,
-    "ncsn/steps ncsn/runs ncsn/kubeflow": 4351,
-    "ncsn/model": 1310,
+    "ncsn/steps ncsn/runs ncsn/kubeflow": 4372,
+    "ncsn/model": 1319,
     "ncsn/distributed": 1515,
-    "ncsn/config": 1863,
+    "ncsn/config": 1866,
     "ncsn/cli": 1841,
-    "ncsn/tracking": 1367,
+    "ncsn/tracking": 1383,
     "ncsn/report": 1047,
-    "ncsn/remote": 1640,
+    "ncsn/remote": 1642,
     "ncsn/library": 539,
     "ncsn/init ncsn/inspection": 2031,
-    "ncsn/serving": 578,
+    "ncsn/serving": 597,
     "ncsn/training": 1022,
     "components pipelines": 1139,
-    "ncsn/storage": 896,
-    "examples": 518,
-    "tests": 25970,
+    "ncsn/storage": 912,
+    "examples": 520,
+    "tests": 26271,
 }
-MOST_WORDS = 20589
+MOST_WORDS = 20626
 
 
 def _name(path: Path) -> str:

@@ -17,13 +17,16 @@ from ncsn.errors import ConfigError, Problem
 EPSILON = "sampling.sampler.epsilon"
 _SEARCHED = ("noise.", "network.", "loss.", "optimizer.", "train.", "sampling.sampler.", "sampling.guidance.")
 _AND = ("data.dequantize", "data.horizontal_flip", "data.augmentation.")
-# Not searched: where results are kept, and what sets the length of training and sampling, equal for all trials.
+# Not searched: where results and networks are, and what sets the length of training and sampling, equal for all trials.
 _BUT = (
     "noise.num_levels",
     "train.num_images",
+    "train.init_from",
+    "train.continue_from",
     "train.checkpoint_every_images",
     "train.report_every_images",
     "train.keep_checkpoints",
+    "sampling.guidance.checkpoint",
     "sampling.sampler.steps_per_level",
     "sampling.sampler.num_steps",
     "sampling.sampler.num_levels",

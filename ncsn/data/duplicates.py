@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ncsn import storage
 from ncsn.data.format import DAMAGED, LABEL, NAME, Hashes, Manifest, open_images, pieces_of
 
 DUPLICATES = "duplicates.csv"
+_FORMULA = re.compile(r"\A(?=['=+@-])")  # a spreadsheet would compute what begins so, unless after an apostrophe
 # The path of an image below `data.root`, or its split and row if its source has no names; and its class, or "".
 Named = tuple[str, str]
 
@@ -61,13 +63,15 @@ def named(uri: str, manifest: Manifest, split: str, rows: Sequence[int] | NDArra
 def to_csv(duplicates: Iterable[Duplicate]) -> str:
     """The file: one line of each, sorted."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([Duplicate._fields, *sorted(duplicates)])
+    lines = ([_FORMULA.sub("'", value) for value in each] for each in sorted(duplicates))
+    csv.writer(text, lineterminator="\n").writerows([Duplicate._fields, *lines])
     return text.getvalue()
 
 
 def from_csv(text: str) -> list[Duplicate]:
     """Inverse of `to_csv`."""
-    return list(map(Duplicate._make, csv.reader(io.StringIO(text, newline=""))))[1:]
+    lines = list(csv.reader(io.StringIO(text, newline="")))[1:]
+    return [Duplicate._make(value.removeprefix("'") for value in line) for line in lines]
 
 
 def in_two_classes(duplicates: Iterable[Duplicate]) -> str:

@@ -25,7 +25,7 @@ from ncsn.steps.results import result_line
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Decision
-from ncsn.tracking.promotion import DECISION, resolve_version
+from ncsn.tracking.promotion import DECISION, resolve_version, whole_number
 
 MOST = 50  # of the newest that are listed
 _QUIET_SECONDS = 3600.0  # without a change for so long, nobody works on a run: it renews a lease and its progress
@@ -157,7 +157,7 @@ def list_models(registry: str, wanted: str = "") -> list[Item]:
             kind="model",
             name=f"{SCHEME}{version.name}/{version.version}",
             state=", ".join([*aliases, *(["waits"] if decision and decision.waits else [])]) or "-",
-            size=int(version.tags.get("ncsn.bytes", 0)),
+            size=whole_number(version.tags.get("ncsn.bytes", "")),
             changed=version.creation_timestamp / 1000,
             figures=f"{measured.name} = {measured}" if measured else "",
             facts={

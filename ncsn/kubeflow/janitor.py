@@ -129,7 +129,9 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
     notes = list[NotedRun]()
     for name, note in _notes(api).items():
         try:
-            notes.append(NotedRun.of(name, note))
+            noted = NotedRun.of(name, note)
+            _require_reached(api, noted.folder.root)
+            notes.append(noted)
         except Exception as error:  # noqa: BLE001 - who may patch the ConfigMap may write anything
             yield Action("read", f"the note of {name}", error)
     workflows = {each.id: api.get("workflows", each.workflow) for each in notes}
@@ -144,7 +146,7 @@ def clean_up(api: KubernetesApi, *, run: str | None = None, dry_run: bool = Fals
         what = f"{metadata['name']}: run {labels[RUN_LABEL]}, step {labels.get(STEP_LABEL)}, {JobState(rayjob)}"
         yield do("delete", what, partial(api.delete, "rayjobs", metadata["name"], uid=metadata["uid"]))
         if labels[RUN_LABEL] not in others | {each.run for each in mine}:
-            yield do("close", f"run {labels[RUN_LABEL]}: KILLED", partial(_close_run_of, rayjob))
+            yield do("close", f"run {labels[RUN_LABEL]}: KILLED", partial(_close_run_of, api, rayjob))
     for each in mine:
         ended_workflow = workflows[each.id]
         if not is_ending(ended_workflow):
@@ -165,8 +167,16 @@ def _is_left(api: KubernetesApi, rayjob: Resource) -> bool:
     seconds = LEASE_SECONDS * (2 if JobState(rayjob).deployment == "Running" else 1)
     with suppress(OSError, UserError, ValueError, LookupError), limited(_STORE_SECONDS):  # or it is not of ncsn
         words = shlex.split(rayjob["spec"]["entrypoint"])
-        return is_abandoned(words[words.index("--lease") + 1], seconds=seconds)
+        lease = words[words.index("--lease") + 1]
+        _require_reached(api, lease)
+        return is_abandoned(lease, seconds=seconds)
     return False
+
+
+def _require_reached(api: KubernetesApi, uri: str) -> None:
+    """Refuse a folder, unless of a pod's volume: who makes notes and RayJobs has no say where this machine writes."""
+    if storage.is_local(uri) and not api.in_pod:
+        raise UserError("storage.root", "a folder of a pod, not of this machine", hint="ask in that pod", value=uri)
 
 
 def _state_of(workflow: Resource | None) -> str:
@@ -191,10 +201,11 @@ def _close(api: KubernetesApi, noted: NotedRun, workflow: Resource | None) -> No
         _note(api, noted, None)
 
 
-def _close_run_of(rayjob: Resource) -> None:
+def _close_run_of(api: KubernetesApi, rayjob: Resource) -> None:
     """Close the run of a RayJob that nobody noted; its command says which store has it."""
     words, run = shlex.split(rayjob["spec"]["entrypoint"]), rayjob["metadata"]["labels"][RUN_LABEL]
     root = next(word.removeprefix(_STORE_SETTING) for word in words if word.startswith(_STORE_SETTING))
+    _require_reached(api, root)
     folder = RunFolder(root, run)
     with limited(_STORE_SECONDS):
         text = storage.read_text(folder.config)

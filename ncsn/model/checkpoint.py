@@ -24,6 +24,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save as tensors_to_bytes, save_file
 from torch import Tensor, nn
 
@@ -81,11 +83,14 @@ def verify(folder: Path, *, needs: Iterable[str] = SAMPLING_FILES) -> set[str]:
         raise DamagedError(str(folder), f"{INDEX} is missing")
     try:
         index = json.loads((folder / INDEX).read_text())
-    except ValueError:  # no text, or no JSON
-        raise DamagedError(str(folder), f"{INDEX} is not valid JSON") from None
-    if (version := index.get("version")) != FORMAT_VERSION:
+        version, listed = index["version"], dict[str, str](index.get("sha256", ()))
+        inside = all(re.fullmatch(r"[\w.]{1,100}", name) for name in listed)
+    except (ValueError, TypeError, LookupError, RecursionError):  # no text, no JSON, or that of something else
+        raise DamagedError(str(folder), f"{INDEX} is no index of a checkpoint") from None
+    if version != FORMAT_VERSION:
         raise CheckpointError(str(folder), f"has format version {version!r}; this program reads {FORMAT_VERSION}")
-    listed: dict[str, str] = index["sha256"]
+    if not inside:
+        raise DamagedError(str(folder), f"{INDEX} names files of other folders")
     for name in dict.fromkeys((*needs, *listed)):
         if not (folder / name).is_file():
             raise DamagedError(str(folder), f"{name} is missing")
@@ -214,18 +219,22 @@ def load_checkpoint(uri: str, *, device: str | torch.device = "cpu") -> TrainedN
                 other = _given(folder / GUIDE[1], uri)
                 worse = network_from_weights(other, load_file(folder / GUIDE[0]), origin=f"{uri}, {GUIDE[0]}")
                 guide = TrainedNetwork(config=other, network=worse.to(device), moments=moments)
+            known, seen = facts.get("classes"), int(facts["images_seen"])
+            classes = None if known is None else Classes(tuple(known["names"]), tuple(known["counts"]))
     except FileNotFoundError:
         raise CheckpointError(uri, "no such checkpoint") from None
+    except UserError:
+        raise
+    except (SafetensorError, storage.UnreadableError, LookupError, TypeError, ValueError) as error:  # of others
+        raise DamagedError(uri, f"a file is not as ncsn writes it: {error!r}") from error
     network = network_from_weights(config, weights, origin=uri).to(device)
-    known = facts.get("classes")
-    classes = None if known is None else Classes(tuple(known["names"]), tuple(known["counts"]))
     return TrainedNetwork(
         config=config,
         network=network,
         moments=moments,
         classes=classes,
         guide=guide if guide is None else replace(guide, classes=classes),
-        images_seen=int(facts["images_seen"]),
+        images_seen=seen,
         dataset_digest=facts["dataset_digest"],
         digest=digest,
     )

@@ -154,7 +154,7 @@ class KubeRay:
                 outage = isinstance(error, OSError) and not isinstance(error, (PermissionError, UserError))
                 self._heart.stays = outage
                 if isinstance(error, KeyboardInterrupt):
-                    self._heart.look()
+                    self._heart.leave()
                 if self._ours and not outage:
                     self._delete(name, KubernetesApi(self._api.namespace, patience=DELETE_SECONDS))
                 raise

@@ -44,6 +44,8 @@ class KubernetesApi:
     A call is repeated for `patience` seconds. `timeouts` are the seconds to connect and to answer, of one request.
     """
 
+    in_pod = False  # whether this process is in a pod of the cluster
+
     def __init__(
         self,
         namespace: str | None = None,
@@ -54,7 +56,7 @@ class KubernetesApi:
         configuration = client.Configuration()
         try:
             config.load_incluster_config(client_configuration=configuration)
-            self.own_namespace = POD_NAMESPACE.read_text().strip()
+            self.own_namespace, self.in_pod = POD_NAMESPACE.read_text().strip(), True
         except config.ConfigException:
             file = os.environ.get("KUBECONFIG")
             try:

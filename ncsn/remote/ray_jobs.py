@@ -114,7 +114,7 @@ class RayJobs:
                     raise EndedByOther(f"Ray job {name} was stopped")
             except (KeyboardInterrupt, SystemExit) as told:
                 if isinstance(told, KeyboardInterrupt):
-                    self._heart.look()
+                    self._heart.leave()
                 self._stop_running()
                 raise
             except OSError:  # the work continues while nobody answers

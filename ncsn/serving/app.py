@@ -43,10 +43,11 @@ from ncsn.tracking.client import one_line
 NAME = "ncsn"
 POLL_SECONDS = 10.0  # between two looks at the alias
 _LOST_SECONDS = 120.0  # for which a request waits for another replica
-_HEAD_SECONDS = 30  # in which a request's headers come
-_MOST_BYTES = 65536  # of its body
-_BODY_SECONDS = 30.0  # in which they come
-_MOST_REQUESTS = 1000  # at once, of a replica: enough for full batches of single images
+_REQUEST_SECONDS = 30  # in which a request comes
+_MOST_CHARACTERS = 1000  # of what is wrong with it
+# At once, more than come: Serve lets the next ones wait without a turn, and ends a replica that is full, since it
+# cannot answer that it is well. `Connection` and `Batches` have the limits.
+_MOST_REQUESTS = 100_000
 _QUIET = {"log_level": "ERROR", "enable_access_log": False}
 _HOW_TO_ASK = """GET /, /health or /metrics; for images: \
 curl -H 'Content-Type: application/json' -d '{"number": 16, "seed": 1}' %simages > grid.png
@@ -160,17 +161,10 @@ class Front:
         # A page of another origin cannot send this type unless it is allowed to.
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return PlainTextResponse("Content-Type must be application/json\n", 415)
-        body = b""
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > _MOST_BYTES:
-                        return PlainTextResponse(f"a request has at most {_MOST_BYTES:,} bytes\n", 413)
-        except (TimeoutError, ClientDisconnect):
-            return PlainTextResponse(f"the request did not come whole in {_BODY_SECONDS:.0f} s\n", 408)
-        try:
-            wanted = asked.read(body)
+            wanted = asked.read(await request.body())
+        except ClientDisconnect:
+            return Response(status_code=408)  # to nobody
         except UserError as error:
             return PlainTextResponse(_line(error), 400)
         if self._ends:
@@ -201,7 +195,7 @@ class Front:
 
 
 def _line(error: UserError) -> bytes:
-    return f"{'; '.join(str(error).splitlines())}\n".encode()
+    return f"{'; '.join(str(error).splitlines())[:_MOST_CHARACTERS]}\n".encode()
 
 
 def _node_metrics() -> str:
@@ -244,7 +238,7 @@ def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) 
         share = {"num_cpus": cores // replicas, "num_gpus": gpus}
         serve.start(
             proxy_location="HeadOnly",
-            http_options={"host": LOOPBACK, "port": port, "keep_alive_timeout_s": _HEAD_SECONDS},
+            http_options={"host": LOOPBACK, "port": port, "keep_alive_timeout_s": _REQUEST_SECONDS},
             logging_config=_QUIET,
             # One's own cluster has this process's variables, and others make Ray start slower.
             controller_options=None if is_own() else {"runtime_env": {"env_vars": PROXY}},

@@ -16,7 +16,7 @@ from ncsn.errors import Problem, UserError
 from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import images_of
-from ncsn.model.generate import Wish, evaluations_per_image
+from ncsn.model.generate import Wish
 
 MOST_IMAGES = 256  # of one request
 MOST_EVALUATIONS = 1000  # of the sampler for an image, unless the model's own needs more
@@ -65,28 +65,23 @@ def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
         found = Wish(asked.label, asked.guidance, asked.sampler, asked.seed).sampling(trained)
     except UserError as error:
         raise error.reworded({"label": "class"}) from None
-
-    most = _most_evaluations(trained)
-    if (needed := _sampler_evaluations(trained, found)) > most:
-        raise UserError("sampler", f"needs {needed:,} evaluations for an image, and {most:,} are the most here")
     return found
 
 
 def evaluations(trained: TrainedNetwork, sampling: SamplingConfig, count: int) -> int:
-    """NFE of each of `count` images, of both networks under guidance; `UserError` if that is too much for a request."""
-    each = evaluations_per_image(trained.config.model_copy(update={"sampling": sampling}))
-    if (needed := count * each) > (most := MOST_WORK * _most_evaluations(trained)):
+    """NFE of each of `count` images, twice under guidance; `UserError` if that is too much for an image or request."""
+    own, each = (
+        some.sampler.num_evaluations(len(build.sigmas(trained.config, some)))
+        for some in (trained.config.sampling, sampling)
+    )
+    if each > (most := max(MOST_EVALUATIONS, own)):
+        raise UserError("sampler", f"needs {each:,} evaluations for an image, and {most:,} are the most here")
+    if sampling.guidance is not None and sampling.guidance.weight != 1:
+        each *= 2
+    if (needed := count * each) > (most := MOST_WORK * most):
         reason = f"of {each:,} evaluations each are {needed:,}, and {most:,} are the most of a request"
         raise UserError("number", reason, hint="ask for fewer images, or for a faster sampler", value=count)
     return each
-
-
-def _sampler_evaluations(trained: TrainedNetwork, sampling: SamplingConfig) -> int:
-    return sampling.sampler.num_evaluations(len(build.sigmas(trained.config, sampling)))
-
-
-def _most_evaluations(trained: TrainedNetwork) -> int:
-    return max(MOST_EVALUATIONS, _sampler_evaluations(trained, trained.config.sampling))
 
 
 def answer(images: NDArray[Any], form: Format, *, limits: tuple[float, float]) -> bytes:

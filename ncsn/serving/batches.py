@@ -19,8 +19,7 @@ from ncsn.model.checkpoint import TrainedNetwork
 from ncsn.model.classes import BALANCED
 from ncsn.model.generate import SeedRange, ranges_of
 
-MOST_WAITING = 4096  # images of others that a request may wait for
-MOST_WAITING_EVALUATIONS = 2_000_000  # of the network, for an image each
+MOST_REQUESTS = 2000  # at once
 DEADLINE_SECONDS = 600.0  # of a request
 _GATHER_SECONDS = 0.01  # for requests that come together
 
@@ -72,25 +71,22 @@ class Batches:
     async def images(self, trained: TrainedNetwork, sampling: SamplingConfig, count: int, evaluations: int) -> Images:
         """The first `count` images, as stored, each for so many evaluations; a canceled call makes no more.
 
-        `Busy` if others have too much work, or at the deadline.
+        `Busy` if too many others come first, or at the deadline.
         """
-        # Of each other request, one waits for as much as it asks for itself. So many large requests keep out others of
-        # their size, and no small one.
-        work = count * evaluations
-        before = sum(min(each.count, count) for each in self._requests)
-        work_before = sum(min(len(each.waiting) * each.evaluations, work) for each in self._requests)
-        if before > MOST_WAITING or work_before > MOST_WAITING_EVALUATIONS:
-            reason = f"{before:,} images and {work_before:,} evaluations of others come first"
-            raise Busy(f"{reason}; ask for less, or try again later")
         kind = (id(trained), sampling.model_copy(update={"seed": 0, "label": BALANCED, "num_images": 1}))
         loop = asyncio.get_running_loop()
-        new = _Request(trained, kind, count, evaluations, self._clock + work, loop.create_future())
+        new = _Request(trained, kind, count, evaluations, self._clock + count * evaluations, loop.create_future())
         new.waiting.extend(
             _Image(new, own, number)
             for own, first, length in ranges_of(trained, sampling, first=0, count=count)
             for number in range(first, first + length)
         )
         insort(self._requests, new, key=lambda each: each.ends)
+        if len(self._requests) > MOST_REQUESTS:  # Many large ones keep out others of their size, and no small one.
+            last = self._requests.pop()
+            if not last.answer.done():  # canceled, say
+                reason = f"{MOST_REQUESTS:,} requests of others come first"
+                last.answer.set_exception(Busy(f"{reason}; ask for less, or try again later"))
         if self._work is None or self._work.done():
             self._work = loop.create_task(self._run())
         try:
@@ -100,7 +96,8 @@ class Batches:
             reason = f"not made in {DEADLINE_SECONDS:.0f} s, the most of a request"
             raise Busy(f"{reason}; ask for less, or try again later") from None
         finally:
-            self._requests.remove(new)
+            if new in self._requests:
+                self._requests.remove(new)
 
     async def _run(self) -> None:
         await asyncio.sleep(_GATHER_SECONDS)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from asyncio import TimerHandle, Transport
+from functools import partial
 from typing import Any, ClassVar
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS, Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MOST_WAITING = 1000
-_MOST_BUFFERED = 1 << 20  # bytes that uvicorn has not taken from a connection
+MOST_CONNECTIONS = 4000  # For each that has asked, Ray takes 200 KB in each of two processes.
+MOST_WAITING = 1000  # of them for their clients
+MOST_BYTES = 65536  # of a body, and of what uvicorn has not taken from a connection
 _ON_LOOPBACK = ("127.0.0.1", "localhost")
+_HEADERS = (b"content-type", b"host")  # that the application reads; by others Ray Serve lets a client change its rules
 
 
 class Connection(H11Protocol):
-    """Is aborted if a request's head is not there `keep_alive_timeout_s` after its start or after the last answer.
+    """Is aborted if a request is not there whole `keep_alive_timeout_s` after its start or after the last answer.
 
-    uvicorn forgets that time at the first byte. Of more than `MOST_WAITING` that wait for a head the oldest is aborted,
-    so that many silent clients do not keep out others. h11 refuses a head of more than 16 KB that comes in parts.
+    uvicorn forgets that time at the first byte. In it the answer is taken, too. Of more than `MOST_WAITING` that wait
+    for their clients the oldest is aborted, so that many slow ones do not keep out others. h11 refuses a head of more
+    than 16 KB that comes in parts.
     """
 
     _waiting: ClassVar[dict[Connection, TimerHandle]] = {}  # the oldest first
@@ -26,6 +32,8 @@ class Connection(H11Protocol):
     def __init__(self, config: Config, *arguments: Any, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         self.ws_protocol_class = None  # websockets would have other limits
+        self.limit_concurrency = MOST_CONNECTIONS  # the next ones get 503
+        self.app = partial(_ask_when_whole, self.app)
         if config.host in _ON_LOOPBACK:
             # The name of another page's server may have become this address: a browser would let it read the answers.
             self.app = TrustedHostMiddleware(self.app, allowed_hosts=_ON_LOOPBACK, www_redirect=False)
@@ -36,8 +44,12 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if len(self.conn._receive_buffer) > _MOST_BUFFERED:  # of requests before the last one was answered
+        if len(self.conn._receive_buffer) > MOST_BYTES:  # of requests before the last one was answered
             self.transport.abort()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
         self._watch()
 
     def on_response_complete(self) -> None:
@@ -49,7 +61,8 @@ class Connection(H11Protocol):
         self._end_waiting()
 
     def _watch(self) -> None:
-        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+        asked, taken = self.cycle, not self.flow.write_paused
+        if asked is not None and taken and not asked.more_body and not asked.response_complete:  # type: ignore[redundant-expr]
             self._end_waiting()
         elif self not in self._waiting:
             self._waiting[self] = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
@@ -61,6 +74,26 @@ class Connection(H11Protocol):
     def _end_waiting(self) -> None:
         if timer := self._waiting.pop(self, None):
             timer.cancel()
+
+
+async def _ask_when_whole(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Let Ray Serve have a request with its body only, since it has room for so many."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+        if len(body) > MOST_BYTES:
+            await PlainTextResponse(f"a request has at most {MOST_BYTES:,} bytes\n", 413)(scope, receive, send)
+            return
+    whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_whole() -> Message:
+        return whole.pop() if whole else await receive()
+
+    headers = [each for each in scope["headers"] if each[0] in _HEADERS]
+    await app({**scope, "headers": headers}, receive_whole, send)
 
 
 def limit() -> list[Any]:

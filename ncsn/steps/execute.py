@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ncsn import storage
+from ncsn.config import Config
 from ncsn.config.rules import require_splits
 from ncsn.environment import CODE, require_same_python, utc_now
 from ncsn.errors import NotFound, UserError, require_module
@@ -89,6 +90,7 @@ def execute(
     try:
         refuse(step, run)
         inputs = find_inputs(folder, step, given)
+        _require_shared(step, config, {f"--{name}": uri for name, uri in inputs.items()})
         # A step with a launcher needs no lock: the launcher's lock, or the name of the job, is one.
         with run.alone() if step in CONTINUING and lease is None else nullcontext():
             if not run.claimed:
@@ -149,12 +151,9 @@ def refuse(step: str, run: Run) -> None:
         raise UserError("--run", f"is {model}, whose training is done", hint=hint, value=run.name)
     if step == "evaluate":
         require_splits(config)
-    on_cluster = STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay"
-    if on_cluster:
+    if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay":
         require_module("kubernetes")
-    if on_cluster and storage.is_local(folder.uri):
-        reason, hint = "a folder of this machine, which the pods of a cluster cannot reach", "use s3://BUCKET/PREFIX"
-        raise UserError("storage.root", reason, hint=hint, value=config.storage.root)
+    _require_shared(step, config, {"storage.root": config.storage.root})
     here = config.compute.backend == "local" and "RAY_ADDRESS" not in os.environ
     if here and step == (SEARCH if config.search else "train") and not read_step(folder, step).result:
         from ncsn.distributed.cluster import require_machine  # loads Ray
@@ -170,6 +169,15 @@ def refuse(step: str, run: Run) -> None:
         from ncsn.steps.ingest import agreed_inputs  # loads NumPy and Arrow
 
         run.images = agreed_inputs(run)
+
+
+def _require_shared(step: str, config: Config, uris: Mapping[str, str]) -> None:
+    """Refuse the first of these that the pods of a step cannot reach, by its key."""
+    if STEP_TABLE[step].elsewhere and config.compute.backend == "kuberay":
+        for key, uri in uris.items():
+            if storage.is_local(uri):
+                reason = "a folder of this machine, which the pods of a cluster cannot reach"
+                raise UserError(key, reason, hint="use s3://BUCKET/PREFIX", value=uri)
 
 
 def _is_done(step: str, folder: RunFolder, prepared: Prepared[Any], key: Mapping[str, Any], begun: str | None) -> bool:

@@ -46,7 +46,7 @@ from ncsn.model.generate import sampling_facts
 from ncsn.report.pages import render
 from ncsn.report.words import terms
 from ncsn.runs.code import origin
-from ncsn.runs.folder import Run, opened_from, read_step
+from ncsn.runs.folder import Run, addresses, opened_from, read_step
 from ncsn.steps.register import made_alike, utility_of
 from ncsn.steps.results import Context, ExportResult, Prepared
 from ncsn.steps.sample import opened, place_of
@@ -156,6 +156,7 @@ def write(
     again = [shlex.quote(folder.uri)]  # known in any folder, unlike a name
     if not (model and checkpoint.startswith(folder.uri)):
         again.append(f"--checkpoint {shlex.quote(checkpoint)}")
+    again += addresses(config)
     base = from_yaml(storage.read_text(folder.config), origin=folder.config)
     wish = config.export.model_copy(update={} if trained.classes else {"num_images": result.counts[""]})
     pairs = ((base.export, wish, {"out"}), (base.sampling, config.sampling, {"label", "num_images"}))
@@ -191,7 +192,8 @@ def write(
         for part in parts:
             _write(staging, part, manifest, kind=config.export.format)
         if config.export.format == "png" and trained.classes:
-            folders = {folder_of(part, manifest): part.name for part in parts}
+            # All classes, so that two exports of a model may be copied into one folder.
+            folders = {class_slug(label, manifest.class_names): name for label, name in enumerate(manifest.class_names)}
             (staging / CLASS_NAMES).write_text(json.dumps(folders, ensure_ascii=False, indent=1))
         (staging / CARD).write_text(f"{card}\n<!-- ncsn export {digest} {comment} -->\n")
     return result

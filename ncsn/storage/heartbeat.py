@@ -27,10 +27,14 @@ class LeaseExpired(RuntimeError):
 
 def is_abandoned(uri: str, *, seconds: float = LEASE_SECONDS) -> bool:
     """Whether the leases in the folder were not renewed for so long; False without a lease."""
+    return seconds < _silence_of_all(uri) < math.inf
+
+
+def _silence_of_all(uri: str) -> float:
     probe = f".now-{uuid.uuid4().hex}"
     silence = _silence(uri, probe)
     storage.delete(storage.join(uri, probe))
-    return seconds < silence < math.inf
+    return silence
 
 
 def _silence(uri: str, name: str) -> float:
@@ -73,13 +77,13 @@ class Heartbeat:
     """The launcher's side: a context in which a thread renews the launcher's lease in the folder `uri`.
 
     `id` names the launcher and its lease. `alone` says whether no other lease was younger than LEASE_SECONDS when this
-    one was renewed last; a signal handler may read it. The lease goes with the context, unless the launcher sets
-    `stays`, since the work runs on and may be attached to until the lease is old.
+    one was renewed last or left; a signal handler may read it. The lease goes with the context, unless the launcher
+    sets `stays`, since the work runs on and may be attached to until the lease is old.
     """
 
     def __init__(self, uri: str) -> None:
         self.id, self.alone, self.stays = uuid.uuid4().hex, False, False
-        self._uri, self._ended = uri, threading.Event()
+        self._uri, self._ended, self._left = uri, threading.Event(), False
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
@@ -88,20 +92,32 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+        with suppress(OSError), limited(0):
+            if not self.stays:
+                self._delete()
+            elif self._left:
+                self._renew()
+
+    def leave(self) -> None:
+        """Take the lease away, and then see whether there are others: of launchers that leave at once one is last."""
+        self._end()
+        self._left = True
+        with suppress(OSError), limited(RENEW_SECONDS):
+            self._delete()
+            self.alone = _silence_of_all(self._uri) > LEASE_SECONDS
+
+    def _end(self) -> None:
         self._ended.set()
         self._thread.join(timeout=5)
-        if not self.stays:
-            with suppress(OSError), limited(0):
-                storage.delete(storage.join(self._uri, self.id))
 
     def _beat(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            self.look()
+            with suppress(OSError), limited(RENEW_SECONDS):  # that it fails is no loss: the lease outlasts several
+                self._renew()
 
-    def look(self) -> None:
-        """Renew the lease, and see whether there are others. That it fails is no loss: the lease outlasts several."""
-        with suppress(OSError), limited(RENEW_SECONDS):
-            self._renew()
+    def _delete(self) -> None:
+        storage.delete(storage.join(self._uri, self.id))
 
     def _renew(self) -> None:
         self.alone = _silence(self._uri, self.id) > LEASE_SECONDS

@@ -39,6 +39,7 @@ UI = "NCSN_MLFLOW_UI"  # variable with the address of MLflow's pages, if that is
 VIEW = "?workflowType=machine_learning"  # without it MLflow 3.17 shows its pages for language models
 
 _ARTIFACTS = "mlartifacts"  # the folder beside a database of ours
+_HERE = ("127.0.0.1", "localhost", "::1")  # hosts whose folders are those of this machine
 # Table and column of what may be an address below the folder of the database.
 _ADDRESSES = (
     *(("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")),
@@ -101,6 +102,11 @@ def connect(config: Config, *, patience: float = 0.0) -> Connection:
         while (experiment := client.get_experiment_by_name(name)) is None:
             with suppress_exists():
                 client.create_experiment(name, artifact_location=location)
+    if uri.startswith(REMOTE) and urlsplit(uri).hostname not in _HERE:
+        kept = str(experiment.artifact_location)
+        if urlsplit(kept).scheme in ("", "file"):  # who made it chose a folder that MLflow's client would write to
+            reason = f"keeps its files in the folder {kept}, which MLflow's client takes for one of this machine"
+            raise TrackingError("tracking.experiment", reason, hint="name another one", value=name)
     return Connection(client, uri, str(experiment.experiment_id))
 
 

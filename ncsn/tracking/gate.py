@@ -6,7 +6,9 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+
+from pydantic import TypeAdapter, ValidationError
 
 from ncsn.evaluation import DEVIATIONS, with_interval
 from ncsn.evaluation.copies import Copies
@@ -82,15 +84,15 @@ class Decision:
     waits: bool = False  # for `ncsn promote`: the gate would promote it
 
     @classmethod
-    def from_json(cls, text: str) -> Decision:
-        """Inverse of `json.dumps(asdict(...))`; evidence that another version of this program wrote counts as none."""
-        values = json.loads(text)
-        of, values["evidence"] = values["evidence"], None
-        with suppress(KeyError, TypeError):
-            measured, copies = Measurement(**of["measurement"]), Copies(**of["copies"])
-            floors = Floors(**of["floors"])
-            values["evidence"] = Evidence(measured, copies, tuple(of["not_finite"]), floors, of["utility"])
-        return cls(**values)
+    @lru_cache(maxsize=256)  # the same few are read again and again
+    def from_json(cls, text: str) -> Decision | None:
+        """Inverse of `json.dumps(asdict(...))`, None for any other text; evidence of another version counts as none."""
+        with suppress(ValueError, TypeError, RecursionError):
+            values, read = json.loads(text), partial(TypeAdapter(cls).validate_python, extra="forbid")
+            with suppress(ValidationError):
+                return read(values)
+            return read(values | {"evidence": None})
+        return None
 
 
 def decide(evidence: Evidence, *, version: str, champion: str, of_champion: Evidence | None) -> Decision:

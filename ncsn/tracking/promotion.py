@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-PROMOTION, PROMOTED_FROM, ROLLED_BACK = "promotion", "promoted_from", "rolled_back_at"
+PROMOTION, PROMOTED_FROM, PROMOTED_BY = "promotion", "promoted_from", "promoted_by"
+ROLLED_BACK = "rolled_back_at"
 DECISION = "gate.decision"
 
 
@@ -44,7 +45,7 @@ class Promotions:
     @property
     def champions(self) -> list[str]:
         """Present and earlier champions that are not rolled back, the present one last."""
-        stand = [version for version, tags in self.tags.items() if PROMOTION in tags and ROLLED_BACK not in tags]
+        stand = [version for version, tags in self.tags.items() if self.number(version) and ROLLED_BACK not in tags]
         return sorted(stand, key=lambda version: (self.number(version), int(version)))
 
     @property
@@ -53,8 +54,10 @@ class Promotions:
         return self.champions[-1] if self.champions else ""
 
     def number(self, version: str) -> int:
-        """The number of a version's promotion; 0 if it has none."""
-        return int(self.tags[version].get(PROMOTION, 0))
+        """The number of a version's promotion; 0 if it has none, or tags that somebody else wrote."""
+        tags = self.tags[version]
+        whole = {PROMOTED_FROM, PROMOTED_BY} <= tags.keys() and self.decision(version)
+        return whole_number(tags.get(PROMOTION, "")) if whole else 0
 
     def decision(self, version: str) -> Decision | None:
         """The gate's last decision about a version."""
@@ -65,6 +68,11 @@ class Promotions:
         """The gate's decision about a version with this evidence."""
         known = self.decision(champion)
         return decide(evidence, version=version, champion=champion, of_champion=known.evidence if known else None)
+
+
+def whole_number(tag: str) -> int:
+    """The number in a tag, which anyone may have written; 0 for another text."""
+    return int(tag) if re.fullmatch("[0-9]{1,18}", tag) else 0
 
 
 def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
@@ -78,7 +86,7 @@ def resolve_promotions(client: MlflowClient, name: str) -> Promotions:
             # The one that did not see the other, and the champion that it is to be compared with.
             late, other = pair if pair[1] in followed else reversed(pair)
             champion = other if champions[-1] in pair else champions[-1]
-            by, decision = promotions.tags[late]["promoted_by"], promotions.decision(late)
+            by, decision = promotions.tags[late][PROMOTED_BY], promotions.decision(late)
             assert decision is not None, "it is written before the promotion"
             if by == "hand" or decision.evidence is None:
                 decision = replace(decision, champion_version=champion)
@@ -103,7 +111,7 @@ def _write(
     tags: dict[str, str] = {}
     if decision.promoted and by:
         decision = replace(decision, number=1 + max(map(promotions.number, promotions.tags)))
-        tags = {PROMOTED_FROM: decision.champion_version, "promoted_by": by, "promoted_at": utc_now()}
+        tags = {PROMOTED_FROM: decision.champion_version, PROMOTED_BY: by, "promoted_at": utc_now()}
         tags |= {PROMOTION: str(decision.number)}  # last: with it the version is champion
         if ROLLED_BACK in promotions.tags[version]:
             for key in (PROMOTION, ROLLED_BACK):

@@ -35,6 +35,7 @@ def test_a_space_that_names_nothing_is_the_noise_around_the_config() -> None:
         ("noise: {kind: log, low: 0.1, high: 1}", ".noise"),
         ("network.kind: {kind: choice, values: [unet]}", ".network.kind"),
         ("train.num_images: {kind: log, low: 1e3, high: 1e5}", ".train.num_images"),
+        ("train.init_from: {kind: choice, values: [/etc/x, /etc/y]}", ".train.init_from"),
         ("sampling.sampler.epsilon: {kind: log, low: 1e-6, high: 1e-4}", ".sampling.sampler.epsilon"),
         ("noise.sigma_1: {kind: log, low: 0.02, high: 2}", ""),
         ("noise.sigma_L: {kind: log, low: 0.01, high: 1.0e+300}", ""),

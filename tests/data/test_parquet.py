@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import tracemalloc
@@ -17,7 +18,7 @@ from refused import refused
 
 from ncsn import storage
 from ncsn.data.dataset import write_dataset
-from ncsn.data.duplicates import DUPLICATES, from_csv
+from ncsn.data.duplicates import DUPLICATES, Duplicate, from_csv, to_csv
 from ncsn.data.format import Rows, load_manifest, read_split, to_table
 from ncsn.data.pixels import Example
 from ncsn.data.sources.base import Source
@@ -195,3 +196,12 @@ def test_datasets_that_cannot_be_read_are_named(tmp_path, images, config):
     path.write_text(path.read_text().replace('"format_version": 5', '"format_version": 1'))
     with refused(uri):
         load_manifest(uri)
+
+
+def test_no_name_in_the_list_of_duplicates_is_a_formula():
+    """As a spreadsheet opens it; read again, each is what it was."""
+    names = ("=1+1", "+1", "-1", "@a", "'=b", "'c", "d=e")
+    lines = [Duplicate(name, "x", "equal", name, "y") for name in names]
+    text = to_csv(lines)
+    assert not [value for line in csv.reader(text.splitlines()) for value in line if value[0] in "=+-@"]
+    assert from_csv(text) == sorted(lines)

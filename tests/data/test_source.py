@@ -145,6 +145,17 @@ def labeled(root: Path, place: str, name: str) -> None:
         put(root, dict(zip(files, pngs, strict=True)) | {place: content[place].encode()})
 
 
+def test_tables_of_folders_under_two_splits_add_up_and_may_not_contradict(tmp_path, data_config) -> None:
+    for split, table in (("train", {"a": "cat"}), ("test", {"b": "dog"})):
+        labeled(tmp_path / split, "classes.json", "cat")
+        (tmp_path / split / "classes.json").write_text(json.dumps(table))
+    data = data_config("image_folder", tmp_path)
+    assert open_source(data).class_names == ("cat", "dog")
+    (tmp_path / "test" / "classes.json").write_text(json.dumps({"a": "dog"}))
+    with refused(f"{tmp_path}/train/classes.json"):
+        open_source(data)
+
+
 @pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: ascii(name[:9]))
 @pytest.mark.parametrize("place", PLACES)
 def test_what_no_path_or_line_can_hold_is_no_name_of_a_class(tmp_path, data_config, place: str, name: str) -> None:

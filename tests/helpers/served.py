@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import threading
 import time
@@ -66,16 +65,11 @@ def make_champion(root: Path, seed: int, *overrides: str, name: str = "tiny") ->
     return f"models:/{name}/{version}"
 
 
-def ask(
-    handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json", whole: bool = True
-) -> Response:
+def ask(handle: Any, method: str, path: str, body: bytes | None = b"", *, kind: str = "application/json") -> Response:
     """What is answered to a body; None for a client that goes before it has sent one."""
-    message = {"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}
-    messages = [message | {"more_body": not whole}]
+    messages = [{"type": "http.disconnect"} if body is None else {"type": "http.request", "body": body}]
 
     async def receive() -> dict[str, Any]:
-        if not messages:
-            await asyncio.sleep(3600)
         return messages.pop()
 
     headers = [(b"content-type", kind.encode())]

@@ -48,6 +48,12 @@ def config(tmp_path: Path) -> Config:
     return from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}/store", "data.max_images=16"])
 
 
+@pytest.fixture(autouse=True)
+def in_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a volume, where the folders of these tests are."""
+    monkeypatch.setattr(KubernetesApi, "in_pod", True)
+
+
 @pytest.fixture
 def janitor(emulation: Any) -> Callable[[], list[str]]:
     """One call of it, with its own rights; what it did."""
@@ -284,6 +290,20 @@ def test_poisoned_notes_keep_nobody_elses_run_open(emulation: Any, config: Confi
     assert [(action.verb, action.error) for action in actions if action not in unread] == [("close", None)]
     found = outcome(config)
     assert found is not None and found.status == "FAILED" and len(notes(emulation)) == len(poison)
+
+
+@pytest.mark.usefixtures("begun")
+def test_nothing_is_written_to_folders_of_a_persons_machine(emulation, config, tmp_path, monkeypatch) -> None:
+    """Notes and RayJobs name folders, and a person calls `ncsn cleanup --jobs`."""
+    monkeypatch.setattr(KubernetesApi, "in_pod", False)
+    workflow(emulation, "Failed")
+    theirs, before = tmp_path / "theirs", sorted(Path(config.storage.root).rglob("*"))
+    rayjob(emulation, "silent", root=f"{config.storage.root}", lease=str(theirs / "lease"))
+    assert [(each.verb, each.error is None) for each in clean_up(KubernetesApi())] == [("read", False)]
+    found = list(clean_up(KubernetesApi(), run="mine"))
+    assert [(each.verb, each.error is None) for each in found] == [("read", False), ("delete", True), ("close", False)]
+    assert not theirs.exists() and sorted(Path(config.storage.root).rglob("*")) == before
+    assert outcome(config) is None and emulation.jobs == []
 
 
 def test_a_note_that_the_janitor_would_not_read_is_not_written(emulation, config, monkeypatch, capsys) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,12 @@ def test_sampling_needs_the_checkpoint_and_nothing_else(config: Config, saved: P
         torch.testing.assert_close(torch.as_tensor(getattr(loaded.moments, name)), torch.as_tensor(value))
 
 
-@pytest.mark.parametrize("damage", [None, b"{", b"\xff"])
-@pytest.mark.parametrize("name", [*checkpoint.FILES, INDEX])
+NO_INDEX = [b"[" * 100_000, b"[1]", b"7", b"{}", b'{"version": 1, "sha256": 5}', b'{"version": 1, "sha256": {"/x": 0}}']
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [*product((*checkpoint.FILES, INDEX), (None, b"{", b"\xff")), *product([INDEX], NO_INDEX)]
+)
 def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, name: str, damage: bytes | None) -> None:
     if damage is None:
         (saved / name).unlink()
@@ -77,6 +82,17 @@ def test_a_missing_cut_or_altered_file_is_named(config: Config, saved: Path, nam
     with refused(str(saved), error=checkpoint.DamagedError) as caught:
         checkpoint.restore(saved, config=config, state=build.train_state(config), dataset_digest="d1d1d1d1")
     assert name in caught.value.problems[0].reason
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"dataset_digest": "d1d1d1d1"}', b"[" * 100_000])
+@pytest.mark.parametrize("name", ["state.json", "moments.safetensors"])
+def test_a_file_that_others_wrote_with_its_checksum_is_refused(saved: Path, name: str, content: bytes) -> None:
+    (saved / name).write_bytes(content)
+    index = json.loads((saved / INDEX).read_text())
+    index["sha256"][name] = checkpoint.sha256(saved / name)
+    (saved / INDEX).write_text(json.dumps(index))
+    with refused(str(saved), error=checkpoint.DamagedError):
+        checkpoint.load_checkpoint(str(saved))
 
 
 @pytest.mark.parametrize(("overrides", "digest"), [(["noise.sigma_1=2.0"], "d1d1d1d1"), ([], "d2")])

@@ -100,6 +100,13 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) 
     assert emulation.jobs == []
 
 
+def test_a_folder_of_this_machine_is_no_input_of_a_pod(emulation, config: Config, tmp_path: Path) -> None:
+    do("ingest", config, "mine")
+    with refused("--checkpoint"):
+        do("sample", config, "mine", checkpoint=str(tmp_path))
+    assert emulation.jobs == []
+
+
 def test_a_run_of_all_steps_shows_the_states_of_its_rayjobs(emulation, config: Config, tmp_path: Path) -> None:
     file = tmp_path / "tiny.yaml"
     file.write_text(to_yaml(config).replace("backend: kuberay", "backend: local"))

@@ -96,16 +96,15 @@ def test_what_is_canceled_is_not_made_and_a_failure_is_its_own() -> None:
     assert 4 not in {part.sampling.seed for batch in held.made for part in batch}
 
 
-@pytest.mark.parametrize(("bound", "most"), [("MOST_WAITING", 9), ("MOST_WAITING_EVALUATIONS", 9 * 9)])
-def test_who_would_wait_for_more_than_the_bound_is_refused(
-    bound: str, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of each other request, one of 4 images waits for 4, and one of an image for 1; the first has no more to wait."""
-    monkeypatch.setattr(batches, bound, most)
+def test_of_too_many_requests_the_one_that_would_end_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones take the place of large ones, whatever was there first, and of their own size none."""
+    monkeypatch.setattr(batches, "MOST_REQUESTS", 4)
     four, one = (TRAINED, wished(), 4), (TRAINED, wished(seed=2), 1)
-    _, (_, *found) = together((TRAINED, wished(), 90), four, four, four, one, one)
-    assert [isinstance(each, Busy) for each in found] == [False, False, False, True, False, False]
-    assert [len(each) for each in found if not isinstance(each, Busy)] == [90, 4, 4, 1, 1]
+    slow = (TRAINED, wished(guidance=2.0, sampler={"kind": "karras_heun", "num_steps": 400}), 1)
+    held, (_, *found) = together(slow, (TRAINED, wished(), 90), four, four, one, one, one)
+    assert [isinstance(each, Busy) for each in found] == [True, True, True, True, False, False, False]
+    assert sum(part.length for batch in held.made for part in batch) == 4
+    assert [isinstance(each, Busy) for each in together(slow, four, four, four)[1][1:]] == [True, False, False, False]
 
 
 def test_a_large_request_gets_its_share_beside_small_ones_that_never_stop() -> None:

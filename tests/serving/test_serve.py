@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -38,9 +39,9 @@ class Served:
     def post(self, **asked: Any) -> requests.Response:
         return requests.post(f"{self.url}/images", json=asked, timeout=120)
 
-    def replicas(self) -> list[psutil.Process]:
+    def replicas(self, deployment: str = "Replica") -> list[psutil.Process]:
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in below if "ServeReplica:ncsn:Replica" in " ".join(each.cmdline())]
+        return [each for each in below if f"ServeReplica:ncsn:{deployment}" in " ".join(each.cmdline())]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,21 @@ def test_connections_have_limits(served: Served) -> None:
                 except ConnectionError:
                     dripping.remove(each)
             time.sleep(1)
+
+
+def test_a_neighbor_is_answered_beside_many_images_that_take_long_and_bodies_that_never_end(served: Served) -> None:
+    """As many of each as the one replica of the front, that takes all, had room for."""
+    fronts = served.replicas("Front")
+    host, port = served.url.removeprefix("http://").split(":")
+    slow = {"number": 1, "guidance": 2, "sampler": {"kind": "karras_heun", "num_steps": 500}}
+    body = json.dumps(slow).encode()
+    head = b"POST /images HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with ExitStack() as stack:
+        for sent in (head % 300 + b"{", head % len(body) + body):
+            for _ in range(1100):
+                stack.enter_context(socket.create_connection((host, int(port)))).sendall(sent)
+            assert [served.post(number=1).status_code for _ in range(3)] == [200, 200, 200]
+    assert served.replicas("Front") == fronts, "a full one would be ended"
 
 
 def test_the_page_shows_images_and_what_is_wrong(served: Served, browser: Browser) -> None:

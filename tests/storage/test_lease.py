@@ -88,6 +88,19 @@ def test_a_launcher_knows_whether_it_is_alone(tmp_path: Path) -> None:
             assert not second.alone
 
 
+def test_of_launchers_that_leave_at_once_one_is_the_last(tmp_path: Path) -> None:
+    """Each is told to end before it sees that the other goes."""
+    with Heartbeat(str(tmp_path)) as first, Heartbeat(str(tmp_path)) as second:
+        second._renew()
+        first._renew()
+        first.leave()
+        second.leave()
+        assert (first.alone, second.alone) == (False, True)
+        assert list(tmp_path.iterdir()) == []
+        second.stays = True
+    assert [path.name for path in tmp_path.iterdir()] == [second.id], "what could not be ended may be attached to"
+
+
 def test_leases_in_s3(s3_root: str) -> None:
     folder = f"{s3_root}/lease"
     assert not is_abandoned(folder, seconds=-60), "nobody ever held one"

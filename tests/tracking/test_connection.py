@@ -8,6 +8,7 @@ import traceback
 
 import pytest
 from answering import answering
+from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn.config import to_json
@@ -87,3 +88,14 @@ def test_links_lead_where_people_open_mlflow(monkeypatch):
     monkeypatch.setenv(client.UI, "https://mlflow.example/")
     for uri in ("http://mlflow:5000", "postgresql://mlflow@postgres/mlflow"):
         assert client.page(uri, "1", "abc") == f"https://mlflow.example{where}"
+
+
+def test_an_experiment_with_files_in_a_folder_of_this_machine_is_refused(server, make_config, tmp_path, monkeypatch):
+    """Whoever may make experiments would choose where MLflow's client writes."""
+    MlflowClient(server.url).create_experiment("theirs", artifact_location=str(tmp_path / "outside"))
+    config = make_config(f"tracking.uri={server.url}", "tracking.experiment=theirs")
+    assert connect(config).experiment_id  # of a server of this machine, whose folders these are
+    monkeypatch.setattr(client, "_HERE", ())
+    with refused("tracking.experiment", error=TrackingError):
+        connect(config)
+    assert connect(make_config(f"tracking.uri={server.url}", "tracking.experiment=ours")).experiment_id

@@ -104,6 +104,11 @@ def test_a_schema_that_an_upgrade_replaced_comes_back(database: str, tmp_path: P
         "schema-old.dump",
     ]
     assert not run(backup, RESTORE="schema-none.dump")
+    (today,) = backups.glob("day-*")
+    kept = today.stat().st_mtime_ns
+    assert not run(backup, RESTORE="") and today.stat().st_mtime_ns == kept, (
+        "a variable that was empty overwrites nothing"
+    )
     (backups / "schema-cut.dump").write_bytes((backups / "schema-old.dump").read_bytes()[:-200])
     assert not run(backup, RESTORE="schema-cut.dump")
     assert ask(tables) == ["alembic_version", "later"], "a restore that fails changes nothing"

@@ -17,7 +17,8 @@ from mlflow.tracking import MlflowClient
 from refused import refused
 from webhook import receiver
 
-from ncsn.tracking.client import connect
+from ncsn.inspection.listing import list_models
+from ncsn.tracking.client import connect, tracking_uri
 from ncsn.tracking.gate import Decision, Evidence, Floors, decide
 from ncsn.tracking.promotion import aliased_version, pass_gate, promote_version, roll_back
 
@@ -107,6 +108,25 @@ def test_only_a_better_figure_of_the_same_kind_takes_the_alias(client):
     renewed = pass_gate(client, name="gate", version=better, evidence=evidence(7.0, num_images=2048))
     assert renewed.promoted and "7.0 (" in renewed.reason, "a new figure of the champion replaces the old one"
     assert client.get_model_version("gate", better).tags["promoted_from"] == first
+
+
+@pytest.mark.parametrize("decision", ["", "[1]", "[" * 4000, '{"evidence": 1}', '{"promoted": true, "reason": {}}'])
+def test_a_tag_that_somebody_wrote_by_hand_is_as_if_it_was_not_there(client, config, decision):
+    name = f"hand-{len(decision)}"
+    first, odd, better = empty_versions(client, name, 3)
+    pass_gate(client, name=name, version=first, evidence=evidence(9.0))
+    for tag, value in {
+        "promotion": "x",
+        "gate.decision": decision,
+        "ncsn.bytes": "9" * 4500,
+        "ncsn.model": "x",
+    }.items():
+        client.set_model_version_tag(name, odd, tag, value)
+    assert pass_gate(client, name=name, version=better, evidence=evidence(8.0)).champion_version == first
+    client.set_model_version_tag(name, odd, "promotion", "7")
+    client.set_model_version_tag(name, first, "promotion", "2")
+    assert roll_back(client, name).version == first
+    assert [(item.size, item.figures) for item in list_models(tracking_uri(config), name)] == [(0, "")]
 
 
 def test_who_is_asked_promotes_what_the_gate_lets_pass(client):

@@ -132,7 +132,11 @@ def _find(root: str, data: DataConfig) -> tuple[pa.Table, int, Counter[str], Map
         hint = how_to_convert(+ignored) or f"set it to a folder of images, or a {' or '.join(ARCHIVE_SUFFIXES)}"
         hint = "decompress the archive to a .tar (its images are compressed already)" if compressed else hint
         raise UserError("data.root", reason, hint=hint, value=root)
-    renamed = {folder: name for table in tables if table.of_folders for folder, name in table.words.items()}
+    renamed = dict[str, str]()
+    for table in tables:
+        for folder, name in table.words.items() if table.of_folders else ():
+            if renamed.setdefault(folder, name) != name:
+                raise UserError(table.origin, f"says {name!r} of {folder!r}, and another table {renamed[folder]!r}")
     tables = [table for table in tables if not table.of_folders]
     if not tables:
         return found, pc.sum(pc.not_equal(found["word"], "")).as_py() or 0, ignored, renamed
