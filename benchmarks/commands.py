@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Row
-from ncsn.runs.folder import RunFolder, read_step
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import read_finished
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 NCSN = [sys.executable, "-m", "ncsn"]
@@ -52,8 +53,9 @@ def rows(*, rounds: int = 3) -> list[Row]:
 
 def arithmetic(folder: RunFolder, step: str) -> float:
     """Seconds of a step's computation, or of the whole step if it does not report them."""
-    found = read_step(folder, step)
-    return float(found.result.get("seconds", found.seconds))
+    found = read_finished(folder, step)
+    assert found is not None
+    return float(found.values.get("seconds", found.seconds))
 
 
 def seconds_of(command: list[str]) -> float:

@@ -35,7 +35,7 @@ from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.config.schema import SamplingConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation.class_scores import AskedClasses
+from ncsn.evaluation.class_scores import RequestedClasses
 from ncsn.evaluation.extractors import joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.measure import measure_extracted
@@ -177,7 +177,7 @@ def measured(dataset: str, config: Config, settings: list[Setting], *, num_image
             joined([extractor.extract(batch) for batch in images]),
             reference=evaluator.reference,
             num_splits=10,
-            asked=AskedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),
+            requested=RequestedClasses(labels, (test if versus == "test" else train).labels, num_classes, own=own),
         ).metrics
         values: dict[str, Any] = {key: figures[key].value for key in ("fid", "kid", "recall")}
         values["score"] = figures["score"].value if "score" in figures else math.nan

@@ -34,12 +34,12 @@ from ncsn.core.images import to_stored
 from ncsn.data.dataset import write_dataset
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.environment import settle
 from ncsn.evaluation.extractors import batches, joined
 from ncsn.evaluation.features import extractor_of
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import generate
+from ncsn.process import settle
 from ncsn.storage import CACHE_DIR_VARIABLE
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob

@@ -19,8 +19,10 @@ from ncsn.config import from_yaml
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import shard_name, write_shard
 from ncsn.progress import Progress
-from ncsn.report.words import read_metrics
-from ncsn.runs.folder import RunFolder, read_step
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.metrics import read_metrics
+from ncsn.runs.record import read_result
+from ncsn.runs.results import IngestResult, SampleResult, TrainResult
 from ncsn.steps.evaluate import evaluate
 
 
@@ -43,26 +45,29 @@ def judge(root: str, run: str, *, pictures: Path | None, noise: bool = False) ->
     """Print the row of a run."""
     folder = RunFolder(root, run)
     config = from_yaml(storage.read_text(folder.config), overrides=[f"storage.root={root}"])
-    made, ingested, trained = (read_step(folder, step).result for step in ("sample", "ingest", "train"))
+    made, ingested = read_result(folder, SampleResult), read_result(folder, IngestResult)
+    trained = read_result(folder, TrainResult)
+    assert made is not None
+    assert ingested is not None
+    assert trained is not None
     with tempfile.TemporaryDirectory() as temporary:
-        samples = made["uri"]
+        samples = made.uri
         count = config.sampling.num_images
         if noise:
-            shape = (count, *load_manifest(ingested["uri"]).pixels.shape)
+            shape = (count, *load_manifest(ingested.uri).pixels.shape)
             pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
             samples = storage.join(temporary, "noise")
             write_shard(storage.join(samples, shard_name(0, count)), pixels)
-        place = {"samples": samples, "dataset": ingested["uri"], "folder": temporary}
-        result = evaluate(config, **place, progress=Progress())
+        result = evaluate(config, samples=samples, dataset=ingested.uri, folder=temporary, progress=Progress())
         if pictures is not None:
             pictures.mkdir(parents=True, exist_ok=True)
-            shutil.copy(made["grid"], pictures / f"{run}.png")
+            shutil.copy(made.grid, pictures / f"{run}.png")
             shutil.copy(result.real_images, pictures / f"{run}-real.png")
     own, real = read_metrics(result.metrics), read_metrics(result.real_metrics)
     excess = [100 * own[f"excess{end}"].value for end in ("", "_low", "_high")]
     row = (
         "noise" if noise else run,
-        "-" if noise else f"{trained['images_seen']:,}",
+        "-" if noise else f"{trained.images_seen:,}",
         f"{result.num_images} / {result.num_real_images}",
         "{:.2f} ({:.2f} to {:.2f})".format(*excess),
         f"{own['kid'].value:.4g}, {real['kid'].value:.4g}",

@@ -23,7 +23,8 @@ def config_and_run(config: str, run: str) -> tuple[Any, str]:
 
     Tasks call it before they import their step, which makes those imports faster.
     """
-    from ncsn.environment import KFP_RUN_ID, reduce_gc, settle
+    from ncsn.environment import KFP_RUN_ID
+    from ncsn.process import reduce_gc, settle
 
     reduce_gc()
     settle()
@@ -51,14 +52,16 @@ def run_task(
     """
     settings, name = config_and_run(config, run)
     from ncsn.kubeflow.task import Task
-    from ncsn.runs.folder import Run, default_checkpoint
+    from ncsn.runs.run import Run, default_checkpoint
+    from ncsn.runs.steps import STEP_TABLE
     from ncsn.steps.execute import execute
 
     if task_config is not None:
         pass_on(task_config, settings)
     work = Run(settings, name)
     given = {name: artifact.metadata["uri"] for name, artifact in inputs.items()}
-    if step == "sample":  # `ncsn select` may have chosen another one since the task before
+    source = STEP_TABLE[step].inputs.get("checkpoint")
+    if source is not None and source.selectable:  # `ncsn select` may have chosen another one since the task before
         given["checkpoint"] = default_checkpoint(work.folder, last=given["checkpoint"])
     return execute(step, work, Task(step, work, last=last), given=given)
 

@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Measure the samples, next to real test images."""
     from components import publish, publish_metrics, run_task
-    from ncsn.report.words import read_metrics
+    from ncsn.runs.metrics import read_metrics
 
     result = run_task("evaluate", config, run, samples=samples, dataset=dataset, task_config=task_config)
     publish(evaluation, result, uri=result.uri, fingerprint=result.fingerprint)
@@ -167,7 +167,10 @@ def utility(
     result = run_task("utility", config, run, checkpoint=checkpoint, dataset=dataset, task_config=task_config)
     publish(comparison, result, display_name=result.sentence, uri=result.uri)
     publish_pictures(pictures, {result.sentence: read_own(config, result.plot)})
-    publish_metrics(metrics, {f"utility/gain_{name}": value for name, value in result.gain.items()})
+    gain = result.gain
+    publish_metrics(
+        metrics, {"utility/gain_value": gain.value, "utility/gain_low": gain.low, "utility/gain_high": gain.high}
+    )
 
 
 @_may_start_pods
@@ -261,14 +264,17 @@ def open_model(
     from ncsn.config import from_yaml, to_json
     from ncsn.config.load import NOT_OF_MODELS
     from ncsn.errors import UserError
-    from ncsn.runs.folder import read_step
+    from ncsn.runs.record import read_result
+    from ncsn.runs.results import TrainResult
     from ncsn.steps.address import resolve
     from ncsn.storage import read_text
 
-    run = resolve(model, key="model", root=root, registry=registry or None).opened()
+    run = resolve(model, key="model", root=root, registry=registry or None).as_run()
     if run is None:
         raise UserError("model", "is a checkpoint of no run", hint="name a version or a run", value=model)
-    publish(checkpoint, run, display_name=model, uri=read_step(run, "train").result["checkpoint"], framework="pytorch")
+    trained = read_result(run, TrainResult)
+    assert trained is not None
+    publish(checkpoint, run, display_name=model, uri=trained.checkpoint, framework="pytorch")
     here = [f"storage.root={run.root}", *([f"tracking.uri={registry}"] if registry else []), *overrides]
     config = from_yaml(read_text(run.config), overrides=here, origin=run.config, without=NOT_OF_MODELS)
     return (to_json(config), run.run)

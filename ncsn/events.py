@@ -22,7 +22,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Literal
 
-from ncsn.environment import KFP_RUN_ID, utc_now
+from ncsn.clock import utc_now
+from ncsn.environment import KFP_RUN_ID
 from ncsn.storage.retry import Retry
 
 # Variables. The address may be a secret itself, so nothing shows it.

@@ -18,7 +18,7 @@ from ncsn.config import Config
 from ncsn.config.compute import bytes_of
 from ncsn.environment import WORKER_MEMORY
 from ncsn.remote.manifest import GPU
-from ncsn.runs.steps import STEPS_ELSEWHERE, is_asked
+from ncsn.runs.steps import STEP_TABLE, Step
 from pipelines.definitions import sample_pipeline, synthesize_pipeline, train_pipeline
 
 SLIM_IMAGE = os.environ.get("NCSN_SLIM_IMAGE")  # of the tasks that need no torch; without it the one of all others
@@ -53,13 +53,6 @@ def _size(request: tuple[str, str], limit: tuple[str, str], *, gpus: int = 0) ->
     return resources
 
 
-# Of tasks that always work in their own pods.
-SIZES = {
-    "ingest": _size(("500m", "1Gi"), ("4", "8Gi")),
-    "register": _size(("200m", "1Gi"), ("2", "4Gi")),
-    "report": _size(("200m", "1Gi"), ("2", "4Gi")),
-    "finish": _size(("100m", "512Mi"), ("1", "2Gi")),
-}
 # Of a task that waits for the cluster that does its step, or that the config does not ask for.
 LAUNCHER = _size(("100m", "512Mi"), ("1", "2Gi"))
 # Of a task that may work in its own pod, by a config that is not known yet.
@@ -117,35 +110,38 @@ def fit(spec: dict[str, Any], platforms: Sequence[dict[str, Any]], config: Confi
             continue
         label = component["executorLabel"]
         container = spec["deploymentSpec"]["executors"][label]["container"]
-        step = label.removeprefix("exec-")
-        container["resources"] = dict(SIZES.get(step) or _size_of(step, config))
-        # Finish needs no torch, nor do launchers whose job is known, as it is not before a search.
-        needs_none = step == "finish"
-        if config is not None and config.search is None and step in STEPS_ELSEWHERE:
-            needs_none = not is_asked(step, config) or (
-                config.compute.backend == "kuberay" and config.train.init_from is None
-            )
-        if SLIM_IMAGE and needs_none:
+        name = label.removeprefix("exec-")
+        step = STEP_TABLE.get(name)  # none of the tasks that only begin and end a pipeline
+        container["resources"] = dict(LAUNCHER if name == "finish" else _size_of(step, config))
+        if SLIM_IMAGE and name == "finish":
             container["image"] = SLIM_IMAGE
-            if config is not None and step in STEPS_ELSEWHERE and config.compute.kuberay.memory_per_worker is None:
+        if config is None or step is None or not step.workers:
+            continue
+        kuberay = config.compute.kuberay
+        # A launcher needs no torch if its job is known, as it is not before a search.
+        launched = config.compute.backend == "kuberay" and config.train.init_from is None
+        if SLIM_IMAGE and config.search is None and (launched or not step.is_part_of(config)):
+            container["image"] = SLIM_IMAGE
+            if kuberay.memory_per_worker is None:
                 container["env"].append({"name": WORKER_MEMORY, "value": f"{_memory(config, step) // 2**20}Mi"})
-        if step not in SIZES and config is not None and config.compute.backend == "local":
+        if config.compute.backend == "local":
             # The task's own pod computes: it goes where the config wants the workers, and passes nothing on.
             component.pop("taskConfigPassthroughs", None)
-            placed = config.compute.kuberay
             for platform in platforms:
                 executor = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][label]
-                if placed.node_selector:
-                    executor["nodeSelector"] = {"labels": dict(placed.node_selector)}
-                if placed.tolerations:
-                    executor["tolerations"] = list(placed.tolerations)
+                if kuberay.node_selector:
+                    executor["nodeSelector"] = {"labels": dict(kuberay.node_selector)}
+                if kuberay.tolerations:
+                    executor["tolerations"] = list(kuberay.tolerations)
 
 
-def _size_of(step: str, config: Config | None) -> dict[str, Any]:
-    if config is None:
+def _size_of(step: Step | None, config: Config | None) -> dict[str, Any]:
+    if step is not None and step.pod is not None:
+        return _size(step.pod.request, step.pod.limit)
+    if config is None or step is None:
         return UNKNOWN
     compute = config.compute
-    if not is_asked(step, config) or compute.backend != "local":
+    if not step.is_part_of(config) or compute.backend != "local":
         return LAUNCHER
     # One CPU and 2 GiB more, for the driver, Ray and MLflow's client.
     workers, given = compute.max_workers, compute.kuberay.memory_per_worker
@@ -154,11 +150,11 @@ def _size_of(step: str, config: Config | None) -> dict[str, Any]:
     return _size(amount, amount, gpus=workers if compute.use_gpu else 0)
 
 
-def _memory(config: Config, step: str) -> int:
+def _memory(config: Config, step: Step) -> int:
     from ncsn.model.memory import worker_memory
 
     # The dataset is not ingested yet: as many images as the larger published ones have.
-    return worker_memory(config, step, reference_images=50_000)
+    return worker_memory(config, step.workers, reference_images=50_000)
 
 
 if __name__ == "__main__":

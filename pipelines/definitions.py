@@ -19,6 +19,7 @@ from components.tasks import (
     utility as compare,
 )
 from ncsn.environment import IMAGE_VARIABLE, KFP_RUN_ID, KFP_WORKFLOW, RUN_ID_LABEL
+from ncsn.runs.steps import STEP_TABLE
 
 ENVIRONMENT = "ncsn-environment"  # ConfigMap with addresses, in the namespace of the runs
 # Ray's pods have all of it; KFP has no `envFrom`, so that each name is here. A key that is missing there stops no pod.
@@ -41,8 +42,6 @@ SECRETS = (
     "NCSN_WEBHOOK_URL",
     "NCSN_WEBHOOK_SECRET",
 )
-# Tasks that may compute in their own pod.
-COMPUTING = ("search", "train", "sample", "evaluate", "utility", "export")
 
 
 def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> dsl.PipelineTask:
@@ -53,7 +52,10 @@ def configured(task: dsl.PipelineTask, title: str, *, cached: bool = False) -> d
     task.set_display_name(title)
     task.set_caching_options(cached)
     task.container_spec.env = {IMAGE_VARIABLE: IMAGE}  # set_env_variable inspects the stack: 0.3 s for all tasks
-    if task.name in COMPUTING:  # a container's own has 64 MB, and Ray would put its objects on the disk
+    step = STEP_TABLE.get(task.name)
+    if (
+        step is not None and step.workers
+    ):  # it may compute here; a container's own has 64 MB, and Ray would put its objects on the disk
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")  # noqa: S108
     kubernetes.use_config_map_as_env(task, ENVIRONMENT, {name: name for name in ADDRESSES}, optional=True)
     kubernetes.use_secret_as_env(task, CREDENTIALS, {name: name for name in SECRETS}, optional=True)

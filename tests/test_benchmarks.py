@@ -70,7 +70,7 @@ def test_a_judge_finds_half_of_the_digits_near_the_other_and_noise_far(body: str
     assert noise["precision"] < 0.2 < 0.6 < real["precision"]
     assert real["shares"] < 0.1 < noise["shares"], "noise looks like few of the digits"
     again = seat.again(5000)
-    assert again["all"] < again["equal"] < real["equal"], "less of more images, and of those that it has learned"
+    assert again["all"] < again["equal"] < real["equal"], "less of more images, and of those that it has answers_of"
 
 
 def test_the_interval_of_judges_is_by_the_spread_of_all_recipes_between_seeds_or_by_the_jackknife() -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,6 @@ import click
 from ncsn.answer import answer
 from ncsn.cli.options import (
     ADDRESS,
-    ADDRESSED,
     ReportingCommand,
     backend_options,
     code_option,
@@ -28,9 +27,9 @@ from ncsn.cli.options import (
     step_options,
     target_options,
 )
-from ncsn.environment import reduce_gc, settle
 from ncsn.errors import UserError
-from ncsn.runs.steps import STEP_TABLE
+from ncsn.process import reduce_gc, settle
+from ncsn.runs.steps import STEP_TABLE, Step
 
 if TYPE_CHECKING:
     from ncsn.cli.target import TargetOptions
@@ -40,17 +39,24 @@ if TYPE_CHECKING:
 # What people need first stands first; within a group, commands are in the order of work.
 _GROUPS = {
     "Start": ("init", "run", "sample", "ui", "show-config", "plan", "doctor", "select", "export"),
-    "Steps": tuple(step for step in STEP_TABLE if step not in ("sample", "select", "export")),
+    "Steps": (),  # the others of `STEP_TABLE`
     "Results": ("ls", "show", "promote", "serve", "cleanup"),
     "Cluster": ("submit",),
 }
 _OTHERS = ("cluster", "registry", "store")  # modules with commands; those of this one need none of them
 
 
+def _groups() -> dict[str, tuple[str, ...]]:
+    elsewhere = {name for names in _GROUPS.values() for name in names}
+    return _GROUPS | {"Steps": tuple(step for step in STEP_TABLE if step not in elsewhere)}
+
+
 class _Grouped(click.Group):
     """Lists its commands in `_GROUPS`, and loads other modules for one that is not here."""
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in STEP_TABLE and cmd_name not in self.commands:
+            return _command_of(STEP_TABLE[cmd_name])
         if cmd_name not in self.commands:  # click also suggests those of others for a mistake
             for module in _OTHERS:
                 for each in vars(import_module(f"ncsn.cli.{module}")).values():
@@ -59,10 +65,10 @@ class _Grouped(click.Group):
         return super().get_command(ctx, cmd_name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return [name for names in _GROUPS.values() for name in names]
+        return [name for names in _groups().values() for name in names]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for group, names in _GROUPS.items():
+        for group, names in _groups().items():
             with formatter.section(group):
                 formatter.write_dl(
                     [(name, each.get_short_help_str(80)) for name in names if (each := self.get_command(ctx, name))]
@@ -122,10 +128,10 @@ def init_command(
         if not seconds < math.inf:
             raise UserError("--minutes", "not a length of time", value=minutes)
         few = "These are too few to learn a class: {}. Leave them out?"
-        asks = write.Asks(_looking)
+        questions = write.Questions(_looking)
         if sys.stdin.isatty() and sys.stdout.isatty():
-            asks = write.Asks(_looking, lambda classes: click.confirm(few.format(classes)), _ask_mirrored)
-        written = write.from_images(place, out, seconds=seconds, overrides=overrides, asks=asks)
+            questions = write.Questions(_looking, lambda classes: click.confirm(few.format(classes)), _ask_mirrored)
+        written = write.from_images(place, out, seconds=seconds, overrides=overrides, questions=questions)
     if as_json:
         click.echo(json.dumps(written.to_json(), indent=1))
         return
@@ -201,7 +207,14 @@ def _do_step(
         from ncsn.data.samples import write_pngs
 
         write_pngs(result.uri, Path(png), num_images=result.num_images)
-    click.echo(json.dumps(asdict(result), indent=1) if as_json else describe_result(step, result, run.config, png=png))
+    click.echo(json.dumps(result.plain(), indent=1) if as_json else describe_result(result, run.config, png=png))
+
+
+def _command_of(step: Step) -> click.Command:
+    """The command of a step that has none of its own."""
+    words = f"{step.summary}\n\n{ADDRESS}" if step.addressed else step.summary
+    work = step_options(partial(_do_step, step.name), step=step.name)
+    return click.command(step.name, cls=ReportingCommand, help=words, short_help=step.summary)(work)
 
 
 @app.command("show-config", cls=ReportingCommand, short_help="Print every setting with its meaning and range.")
@@ -275,11 +288,3 @@ def export_command(*, options: TargetOptions, quotas: tuple[str, ...], out: str 
     # As YAML reads it, whose escapes have other surrogates.
     changes = [f"export.{name}={json.dumps(value, ensure_ascii=False)}" for name, value in wish.items() if value]
     _do_step("export", options=replace(options, overrides=(*options.overrides, *changes)), **given)
-
-
-for _step in STEP_TABLE.keys() - app.commands.keys():
-    _help = _summary = STEP_TABLE[_step].summary
-    if _step in ADDRESSED:
-        _help = f"{_summary}\n\n{ADDRESS}"
-    _add = app.command(_step, cls=ReportingCommand, help=_help, short_help=_summary)
-    _add(step_options(partial(_do_step, _step), step=_step))

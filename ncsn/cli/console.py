@@ -27,8 +27,17 @@ from ncsn.progress import Progress
 from ncsn.report import words
 from ncsn.report.pages import markdown_table
 from ncsn.report.words import SCORES_HEAD, duration, next_step, score_rows, takes
-from ncsn.runs.folder import RunFolder, StepRecord, addresses
-from ncsn.steps.results import result_line
+from ncsn.runs.layout import RunFolder, addresses
+from ncsn.runs.record import Finished
+from ncsn.runs.results import (
+    EvaluateResult,
+    RegisterResult,
+    ReportResult,
+    Result,
+    SampleResult,
+    SearchResult,
+    SelectResult,
+)
 from ncsn.storage.retry import RETRY
 
 _LINE_EVERY_SECONDS, _MOST_SECONDS = 30.0, 600.0
@@ -193,60 +202,61 @@ def _moved(descriptor: int, target: TextIO) -> Iterator[None]:
         os.close(saved)
 
 
-def describe_result(step: str, result: Any, config: Config, **more: str | None) -> str:
+def describe_result(result: Result, config: Config, **more: str | None) -> str:
     """The result of one step in a few lines, and `more` places."""
-    values = {**vars(result), **more}
+    step, values = result.step, {**vars(result), **more}
     places = ("uri", "config", "table", "grid", "strip", "plot", "checkpoint", *more)
-    said = {"evaluate": "verdict", "utility": "sentence"}
-    lines = [*([values[said[step]]] if step in said else []), f"{step}: {result}"]
+    lines = [*filter(None, [result.headline]), f"{step}: {result}"]
     lines += [f"{key}: {values[key]}" for key in places if isinstance(values.get(key), str)]
-    if step == "search":
+    if isinstance(result, SearchResult):
         command = " ".join([f"ncsn run --config {shlex.quote(result.config)}", *addresses(config)])
-        lines = [_trials_table(values), *lines, f"next: {command}"]
-    elif step == "select":
+        lines = [_trials_table(result), *lines, f"next: {command}"]
+    elif isinstance(result, SelectResult):
         rows = words.candidate_lines(result.candidates, most=20)
         lines = [markdown_table(words.candidates_head(result.figure), rows), *lines]
     return "\n".join(map(in_one_line, [*lines, *(f"note: {note}" for note in values.get("notes", ()))]))
 
 
-def print_summary(console: Console, folder: RunFolder, config: Config, records: Mapping[str, StepRecord]) -> None:
+def print_summary(console: Console, folder: RunFolder, config: Config, results: Mapping[str, Finished]) -> None:
     """The verdict and the next command; steps, scores and outputs."""
     from ncsn.errors import without_users
     from ncsn.tracking.client import tracking_uri
 
-    measured = records["evaluate"].result
-    console.print(measured["verdict"], style="bold", soft_wrap=True)
-    if said := records["register"].result["utility"]:  # of a run without the section too, once it was asked
-        console.print(said, style="bold", soft_wrap=True)
-    command, what = next_step(measured["grade"], config, folder)
+    evaluated: EvaluateResult = results[EvaluateResult.step].result
+    registered: RegisterResult = results[RegisterResult.step].result
+    sampled: SampleResult = results[SampleResult.step].result
+    console.print(evaluated.verdict, style="bold", soft_wrap=True)
+    if registered.utility:  # of a run without the section too, once it was asked
+        console.print(registered.utility, style="bold", soft_wrap=True)
+    command, what = next_step(evaluated.grade, config, folder)
     console.print(f"next: {command}\n      ({what})", soft_wrap=True)
     steps = Table("step", Column("seconds", justify="right"), "result", box=SIMPLE_HEAD)
-    for step, record in records.items():
-        steps.add_row(step, f"{record.seconds:,.1f}", result_line(step, record.result))
-    steps.add_row("all", f"{sum(record.seconds for record in records.values()):,.1f}", style="bold")
+    for step, finished in results.items():
+        steps.add_row(step, f"{finished.seconds:,.1f}", str(finished))
+    steps.add_row("all", f"{sum(finished.seconds for finished in results.values()):,.1f}", style="bold")
     first, *others = SCORES_HEAD
     scores = Table(first, *(Column(name, justify="right") for name in others), box=SIMPLE_HEAD)
-    for row in score_rows(measured):
+    for row in score_rows(evaluated.plain()):
         scores.add_row(row.name, row.text, row.real_text)
     console.print(steps, scores)
-    for note in (note for record in records.values() for note in record.result.get("notes", ())):
+    for note in (note for finished in results.values() for note in finished.values.get("notes", ())):
         console.print(f"note: {note}", soft_wrap=True)
-    console.print(f"gate: {records['register'].result['reason']}\n", soft_wrap=True)
+    console.print(f"gate: {registered.reason}\n", soft_wrap=True)
     server = without_users(tracking_uri(config))
     for name, value in (
-        ("grid", records["sample"].result["grid"]),
-        ("strip", records["sample"].result["strip"]),
-        ("report", records["report"].result["uri"]),
-        ("model", records["register"].result["uri"]),
+        ("grid", sampled.grid),
+        ("strip", sampled.strip),
+        ("report", results[ReportResult.step].result.uri),
+        ("model", registered.uri),
         ("mlflow", f"run {folder.run} in experiment {config.tracking.experiment} at {server}"),
         ("", f"ncsn ui {folder.options(config)}"),
     ):
         console.print(Text(f"{name:<8}", "bold"), value, soft_wrap=True)
 
 
-def _trials_table(result: Mapping[str, Any]) -> str:
+def _trials_table(result: SearchResult) -> str:
     """The trials of a search, best first, as text."""
-    paths = list(result["values"])
+    paths = list(result.values)
     numbers = (Column(name, justify="right") for name in ("images", "objective", "seconds"))
     table = Table("trial", *(path.rpartition(".")[2] for path in paths), "epsilon", *numbers, "status", box=SIMPLE_HEAD)
 
@@ -257,7 +267,7 @@ def _trials_table(result: Mapping[str, Any]) -> str:
     def short(value: Any) -> str:
         return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    for row in sorted(result["trials"], key=rank):
+    for row in sorted(result.trials, key=rank):
         values = [*(row["values"][path] for path in paths), (row["sampler"] or {}).get("epsilon")]
         status = f"{row['status']}: {row['reason']}" if row["reason"] else row["status"]
         done = f"{row['images_seen']:,}", short(row["objective"]), f"{row['seconds']:,.0f}"

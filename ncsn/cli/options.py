@@ -180,27 +180,26 @@ code_option = click.option(
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON, and nothing else on stdout."
 )
-ADDRESSED = ("ingest", "sample", "evaluate", "utility", "export")  # steps on what an address names
 ADDRESS = """ADDRESS, instead of --config or --run: models:/NAME@ALIAS, the name of a run, or the folder or URI of a
 run, of a checkpoint or of a saved model."""
 
 
 def step_options(command: Decorated, *, step: str) -> Decorated:
-    info = STEP_TABLE[step]
+    declared = STEP_TABLE[step]
     if step == "sample":
         words = "Also write each image as a PNG file into this new or empty folder."
         command = click.option("--png", metavar="DIR", help=words)(command)
     command = code_option(json_option(command))
-    if info.elsewhere:
+    if declared.workers:
         words = "Heartbeat of a launcher elsewhere: when it stops, save and end."
         command = backend_options(click.option("--lease", metavar="URI", hidden=True, help=words)(command))
-    if info.on_demand:
+    if declared.on_demand:
         words = "Show the Fréchet distance so far, with its interval, while images are made; URI: a dataset other than "
         words += "the run's."
         command = click.option("--score", is_flag=False, flag_value=OWN, metavar="[URI]", help=words)(command)
-    if step in ADDRESSED:  # not `address`, which is an option of `backend_options`
+    if declared.addressed:  # not `address`, which is an option of `backend_options`
         command = click.argument("named", metavar="[ADDRESS]", required=False)(command)
-    for name, source in reversed([*info.inputs.items()]):
+    for name, source in reversed([*declared.inputs.items()]):
         words = f"The {source.what}; default: the run's own."
         command = click.option(f"--{name}", metavar="URI", help=words)(command)
     return target_options(command)

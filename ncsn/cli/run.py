@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,23 +23,20 @@ from ncsn.cli.options import StepFailed
 from ncsn.events import announced
 from ncsn.progress import read_progress
 from ncsn.runs.code import publish_code
-from ncsn.runs.folder import (
-    DEFAULT_ROOT,
+from ncsn.runs.layout import DEFAULT_ROOT, RunFolder, images_seen_at, said_newest
+from ncsn.runs.record import (
     ForeignRun,
     Outcome,
-    Run,
-    RunFolder,
+    finished_steps,
     folders_of,
-    images_seen_at,
-    read_outcome,
-    read_results,
-    read_step,
-    said_newest,
+    read_result,
     write_end,
     write_outcome,
 )
-from ncsn.runs.steps import SEARCH, STEPS, STEPS_ELSEWHERE, steps_of
-from ncsn.steps.execute import Observer, execute, refuse
+from ncsn.runs.results import IngestResult, Result, SampleResult, SearchResult, SelectResult, TrainResult
+from ncsn.runs.run import Run
+from ncsn.runs.steps import FIRST, STEP_TABLE, steps_of
+from ncsn.steps.execute import Observer, execute, require_possible
 
 _POLL_SECONDS = 0.5
 
@@ -72,8 +68,8 @@ class Terminal(Observer):
     ) -> None:
         try:
             if self.run is not None and isinstance(error, KeyboardInterrupt | SystemExit):
-                told = f"continues with {self.step or STEPS[0]}"
-                if self.step == "train":
+                told = f"continues with {self.step or FIRST}"
+                if self.step == TrainResult.step:
                     newest = said_newest(self.run.folder.checkpoints)
                     if "-" in newest:
                         newest = f"image {images_seen_at(newest):,} of {self.run.config.train.num_images:,}"
@@ -99,9 +95,10 @@ class Terminal(Observer):
         if self._events:
             self._stack.enter_context(announced(run.name, root=folder.root, step=step))
         self.step, self.run, self._since = step, run, time.monotonic()
-        chosen = read_step(folder, "select").result
-        if step != "register" and chosen.get("kept") and chosen["checkpoint"] == inputs.get("checkpoint"):
-            self.view.console.print(f"checkpoint {chosen['checkpoint']}, chosen by `ncsn select`", soft_wrap=True)
+        source = STEP_TABLE[step].inputs.get("checkpoint")
+        chosen = read_result(folder, SelectResult) if source and source.selectable else None
+        if chosen and chosen.kept and chosen.checkpoint == inputs["checkpoint"]:
+            self.view.console.print(f"checkpoint {chosen.checkpoint}, chosen by `ncsn select`", soft_wrap=True)
         self.view.start(step)
         self._ended = ended = threading.Event()
         before = repr(read_progress(folder.step(step, "progress.json")))  # of an earlier attempt
@@ -113,9 +110,14 @@ class Terminal(Observer):
                     self.view.update(step, progress)
 
         self._watcher = threading.Thread(target=watch, daemon=True)
-        here = run.config.compute.backend == "local" or step not in STEPS_ELSEWHERE
+        here = run.config.compute.backend == "local" or not STEP_TABLE[step].workers
         if here or self.view.console.is_terminal:  # else the driver's log has these lines, and is shown
             self._watcher.start()
+
+    def begun(self, run: Run) -> None:
+        """A run whose step works has not ended; a single step leaves the end of its run."""
+        if self.whole is not None:
+            storage.delete(run.folder.status)
 
     def ended(self, step: str, run: Run, *, again: bool) -> None:  # noqa: ARG002
         """Show in how many seconds it was done."""
@@ -124,6 +126,7 @@ class Terminal(Observer):
 
     def failed(self, step: str, run: Run, error: BaseException) -> None:  # noqa: ARG002
         """The command says why."""
+        self.step = step  # it may not have begun
         self._stop_watching()
 
     def _stop_watching(self) -> None:
@@ -134,86 +137,105 @@ class Terminal(Observer):
 
 def run_pipeline(run: Run, *, code_here: bool, as_json: bool, finish: bool = False) -> None:
     """Do the steps that are not done, on one Ray cluster, and print the summary; with `finish` train no further."""
-    config = run.config
-    steps = steps_of(config)
-    for step in steps:
-        refuse(step, run)
-    if code_here:
-        publish_code(config.storage.root)
+    steps = steps_of(run.config)
+    _begin(steps, run, code_here=code_here)
     with run.alone():
         run.claim()
         with announced(run.name, root=run.folder.root):
-            do_steps(run, steps, finish=finish)
-    folders = folders_of(run.folder, config)
-    records = read_results(folders)
+            do_run(steps, run, finish=finish)
+    folders = folders_of(run.folder, run.config)
+    results = finished_steps(folders)
     if as_json:
-        results = {step: record.result for step, record in records.items()}
-        click.echo(json.dumps({"run": run.name, "uri": run.folder.uri, "steps": results}, indent=1))
+        values = {step: finished.values for step, finished in results.items()}
+        click.echo(json.dumps({"run": run.name, "uri": run.folder.uri, "steps": values}, indent=1))
     else:
-        print_summary(console_on(sys.stdout), folders["train"], config, records)
-
-
-def do_steps(run: Run, steps: tuple[str, ...], *, finish: bool = False) -> None:
-    """Do these steps of a run, and write how it ended; what a search finds is trained as another run."""
-    # One Ray cluster for all steps, which starts during the first. None where each step is a job; and a run that was
-    # finished once is hardly worth one: a step that has work to do after all starts its own.
-    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
-    config, step = run.config, steps[0]
-    if config.compute.backend == "local" and STEPS[-1] not in read_results(folders_of(run.folder, config)):
-        from ncsn.distributed.cluster import ray_cluster_meanwhile
-
-        cluster = ray_cluster_meanwhile(config)
-    runs, given, before = [run], dict[str, str | None](), read_outcome(run.folder)
-    storage.delete(run.folder.status)  # the run has not ended
-    with Terminal(run) as terminal, cluster as ray_started:
-        try:
-            for step in steps:
-                if step != STEPS[0]:
-                    ray_started()
-                options: dict[str, Any] = {"finish": True} if finish and step == "train" else {}
-                result = execute(step, runs[-1], terminal, given=given, **options)
-                if step == STEPS[0]:
-                    given["dataset"] = result.uri
-                elif step == SEARCH:
-                    from ncsn.steps.search import trainable
-
-                    runs.append(Run(trainable(result, config), result.run))
-                    storage.delete(runs[-1].folder.status)
-        except BaseException as error:
-            if not isinstance(error, ForeignRun):
-                write_end(config, [each.folder for each in runs], step, error)
-            elif before is not None:  # another command works on the run, and this one has changed nothing
-                write_outcome(run.folder, before)
-            raise
-        for each in runs:
-            write_outcome(each.folder, Outcome("FINISHED"))
+        print_summary(console_on(sys.stdout), folders[TrainResult.step], run.config, results)
 
 
 def run_step(step: str, run: Run, *, code_here: bool, given: Mapping[str, str | None]) -> Any:
-    if code_here:
-        publish_code(run.config.storage.root)
-    lease = given.get("lease")
-    with Terminal(events=lease is None) as terminal:  # else the launcher sends them
-        return execute(step, run, terminal, given=given, lease=lease)
+    """Do one step."""
+    _begin((), run, code_here=code_here)
+    with Terminal(events=given.get("lease") is None) as terminal:  # else the launcher sends them
+        return do_steps((step,), [run], terminal, given=given)[step]
 
 
 def run_select(run: Run, *, code_here: bool, given: Mapping[str, str | None], as_json: bool) -> None:
     """Choose the best checkpoint of a run; then sample, evaluate and register it, and report, unless the last stays."""
     steps = steps_of(run.config)
-    steps = steps[steps.index("sample") :]
-    for step in steps:
-        refuse(step, run)
-    found = {"select": run_step("select", run, code_here=code_here, given=given)}
-    last = read_step(run.folder, "sample").result.get("checkpoint")
-    done = not found["select"].kept and last == found["select"].checkpoint
-    if given.get("lease") is None and not done:  # else the launcher does the rest
-        inputs: dict[str, str | None] = {"dataset": given.get("dataset"), "checkpoint": found["select"].checkpoint}
+    steps = steps[steps.index(SampleResult.step) :]
+    _begin(steps, run, code_here=code_here)
+    chosen: SelectResult = run_step(SelectResult.step, run, code_here=False, given=given)
+    found: dict[str, Result] = {chosen.step: chosen}
+    sampled = read_result(run.folder, SampleResult)
+    same = not chosen.kept and sampled is not None and sampled.checkpoint == chosen.checkpoint
+    if given.get("lease") is None and not same:  # else the launcher does the rest
+        inputs = {"dataset": given.get("dataset"), "checkpoint": chosen.checkpoint}
         for step in steps:
             found[step] = run_step(step, run, code_here=False, given=inputs)
     if as_json:
-        click.echo(json.dumps({step: dataclasses.asdict(result) for step, result in found.items()}, indent=1))
+        click.echo(json.dumps({step: result.plain() for step, result in found.items()}, indent=1))
     else:
-        click.echo("\n".join(describe_result(step, result, run.config) for step, result in found.items()))
+        click.echo("\n".join(describe_result(result, run.config) for result in found.values()))
+
+
+def _begin(steps: Sequence[str], run: Run, *, code_here: bool) -> None:
+    """Refuse what is not possible of these steps, and publish this clone's code if jobs run it."""
+    for step in steps:
+        require_possible(step, run)
+    if code_here:
+        publish_code(run.config.storage.root)
+
+
+def do_run(steps: Sequence[str], run: Run, *, finish: bool) -> None:
+    """Do the steps of a run on one Ray cluster, and write how it ended."""
+    # The cluster starts during the first step. None where each step is a job; and a run that was finished once is
+    # hardly worth one: a step that has work to do after all starts its own.
+    cluster: AbstractContextManager[Callable[[], object]] = nullcontext(lambda: None)
+    config = run.config
+    if config.compute.backend == "local" and steps[-1] not in finished_steps(folders_of(run.folder, config)):
+        from ncsn.distributed.cluster import ray_cluster_meanwhile
+
+        cluster = ray_cluster_meanwhile(config)
+    runs = [run]
+    with Terminal(run) as terminal, cluster as ray_started:
+        try:
+            do_steps(steps, runs, terminal, finish=finish, ray_started=ray_started)
+        except BaseException as error:
+            if not isinstance(error, ForeignRun):  # else it has changed nothing
+                write_end(config, [each.folder for each in runs], terminal.step or steps[0], error)
+            raise
+        for each in runs:
+            write_outcome(each.folder, Outcome("FINISHED"))
+
+
+def do_steps(
+    steps: Sequence[str],
+    runs: list[Run],
+    terminal: Terminal,
+    *,
+    given: Mapping[str, str | None] = {},
+    finish: bool = False,
+    ray_started: Callable[[], object] = lambda: None,
+) -> dict[str, Result]:
+    """Do these steps in turn, from `given` inputs on; the results by step.
+
+    What a search finds is trained as another run, which joins `runs`: the last of them is the one that steps are of.
+    `ray_started` waits for the Ray cluster, which the first step does without.
+    """
+    results = dict[str, Result]()
+    for step in steps:
+        if results:
+            ray_started()
+        options: dict[str, Any] = {"finish": True} if finish and step == TrainResult.step else {}
+        inputs, lease = dict(given), given.get("lease")
+        if isinstance(ingested := results.get(FIRST), IngestResult):
+            inputs["dataset"] = ingested.uri  # the run that trains what a search finds has read no images itself
+        results[step] = result = execute(step, runs[-1], terminal, given=inputs, lease=lease, **options)
+        if isinstance(result, SearchResult):
+            from ncsn.steps.search import trainable
+
+            runs.append(Run(trainable(result, runs[-1].config), result.run))
+    return results
 
 
 def _work_folder(run: Run) -> Path:

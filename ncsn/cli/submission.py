@@ -16,7 +16,9 @@ from ncsn.data.sources.base import source_fingerprint
 from ncsn.environment import CODE, IMAGE_VARIABLE
 from ncsn.errors import UserError
 from ncsn.runs.code import publish_code
-from ncsn.runs.folder import Run, read_outcome, require_owner, run_folder
+from ncsn.runs.layout import run_folder
+from ncsn.runs.record import read_outcome
+from ncsn.runs.run import Run, require_owner
 from ncsn.storage.retry import limited
 from pipelines.submit import Submission
 

@@ -14,10 +14,11 @@ from ncsn import storage
 from ncsn.config import Config, ConfigError, flatten, from_yaml, training_settings
 from ncsn.config.load import ADDRESSES, EXAMPLES, NOT_OF_MODELS
 from ncsn.errors import NotFound, Problem, UserError
-from ncsn.runs.folder import DEFAULT_ROOT, Run, RunFolder
+from ncsn.runs.layout import DEFAULT_ROOT, RunFolder
+from ncsn.runs.run import Run
 
 if TYPE_CHECKING:
-    from ncsn.steps.address import Place
+    from ncsn.steps.address import NamedModel
 
 _ROOT = "storage.root"
 _ANOTHER_STORE = f"pass --config, or --set {_ROOT}=URI of another store"
@@ -46,7 +47,7 @@ class TargetOptions:
             if run is not None:
                 raise UserError("ADDRESS", "names the run", hint="leave out --run", value=address)
             named = self.named(address)
-            record, checkpoint = named.opened(), named.uri
+            record, checkpoint = named.as_run(), named.uri
             origin, run = (record.config, record.run) if record else (f"{checkpoint}/config.yaml", None)
             if record is None or record.root != named.root:  # somebody gave it
                 if record and not named.registry and "MLFLOW_TRACKING_URI" not in os.environ:
@@ -87,7 +88,7 @@ class TargetOptions:
         run = run or f"{config.name}-{storage.digest(training_settings(config), 8)}"
         return Run(config, run, checkpoint)
 
-    def named(self, address: str) -> Place:
+    def named(self, address: str) -> NamedModel:
         """What an address names in the store and registry of these options."""
         from ncsn.steps.address import resolve
 

@@ -24,10 +24,10 @@ EXAMPLES = Path(__file__).parents[1] / "configs"
 _DEEPEST = 32  # levels of a text, or of a dotted path; a config has ten
 _MOST_BITS = 1024  # of a whole number; Python cannot write one of some thousand digits
 _DEFAULT_KINDS = {"noise": "geometric", "loss": "dsm"}  # of sections without `kind`
-_DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
+DECIDING = ("name", "seed", "data", "noise", "network", "loss", "optimizer", "train")
 # What a model does not say, which somebody else may have made: where work runs, what is written where, and who is asked
 # with this side's passwords.
-_OF_MODELS = (*_DECIDING, "sampling", "export")
+_OF_MODELS = (*DECIDING, "sampling", "export")
 NOT_OF_MODELS = (*(name for name in Config.model_fields if name not in _OF_MODELS), "export.out")
 # What the record of a run does not say, since more people may write to a store than may use this side's passwords: each
 # with the variables of the environment that say it instead.
@@ -242,7 +242,7 @@ def training_settings(config: Config) -> dict[str, Any]:
     return {
         path: value
         for path, value in flatten(config).items()
-        if path.split(".")[0] in _DECIDING and path not in left_out
+        if path.split(".")[0] in DECIDING and path not in left_out
     }
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from ncsn.environment import settle
+from ncsn.process import settle
 
 if TYPE_CHECKING:
     from ncsn.training.loop import TrainingJob, TrainOutcome

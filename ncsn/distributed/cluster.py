@@ -24,9 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ncsn import storage
 from ncsn.config import Config
 from ncsn.config.compute import ComputeConfig
-from ncsn.environment import CODE, DASHBOARD, job_config
+from ncsn.environment import CODE, DASHBOARD
 from ncsn.errors import UserError
-from ncsn.runs.code import ray_environment
+from ncsn.runs.code import job_config, ray_environment
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import limited
 

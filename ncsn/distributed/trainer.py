@@ -30,7 +30,7 @@ from ncsn.distributed.ray_calls import ANYWHERE
 from ncsn.errors import InvalidValue, NotFound
 from ncsn.model import build
 from ncsn.model.checkpoint import CheckpointStore, DamagedError
-from ncsn.runs.folder import TrainingFolder, said_newest
+from ncsn.runs.layout import TrainingFolder, said_newest
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.storage.retry import RETRY
 from ncsn.training.context import LONG_SECONDS, WorkerContext

@@ -35,7 +35,7 @@ from ncsn.distributed.trainer import train_by_tasks
 from ncsn.errors import InvalidValue, NotFound, UserError
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.model.checkpoint import CheckpointError
-from ncsn.runs.folder import TrainingFolder
+from ncsn.runs.layout import TrainingFolder
 from ncsn.training.loop import TrainingJob
 
 FAILED = 1e12  # objective of a trial that cannot go on: a number, so that the search learns to keep away

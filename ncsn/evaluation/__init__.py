@@ -1,32 +1,16 @@
-"""Metrics of images by the features of an extractor: here, which one an experiment has, and how metrics name it."""
+"""Metrics of images by the features of an extractor: here, which one an experiment has."""
 
 from __future__ import annotations
-
-import math
 
 from ncsn.config import Config
 from ncsn.config.schema import EvaluationConfig
 from ncsn.data.format import Manifest
 from ncsn.model.classes import BALANCED
+from ncsn.runs import metrics
 
-VERSUS = "_vs_"  # before the split in the names of metrics against another split than train
 WITH_SCORE = ("classifier", "inception")  # the extractors whose classes mean something
 LEAST_TEST_IMAGES = 3  # for the uncertainty of a Fréchet distance
 DEVIATIONS = 1.96  # of the normal distribution, in which 95 % lie
-
-
-def with_interval(value: float, low: float, high: float) -> str:
-    """`7.6 (4.4 to 13)`: with two digits, and one more for each power of ten by which the interval is narrower."""
-    largest = max(abs(value), abs(low), abs(high))
-    if not math.isfinite(value + low + high) or largest == 0:
-        return f"{value:g} ({low:g} to {high:g})"
-    digits = 2 + max(0, math.floor(math.log10(largest / max(high - low, 1e-9 * largest))))
-    least = largest / 100  # so that a bound near zero has no more decimals than tell something
-    texts = []
-    for number in (value, low, high):
-        decimals = max(0, digits - 1 - math.floor(math.log10(max(abs(number), least))))
-        texts.append(f"{round(number, decimals) + 0.0:,.{decimals}f}")
-    return f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
@@ -40,8 +24,8 @@ def evaluation_of(config: Config, manifest: Manifest) -> EvaluationConfig:
 
 def extractor_name(config: Config, manifest: Manifest) -> str:
     """The extractor as metrics name it: with the split of the reference unless that is train."""
-    extractor, split = evaluation_of(config, manifest).extractor, config.evaluation.reference_split
-    return extractor if split == "train" else f"{extractor}{VERSUS}{split}"
+    extractor = evaluation_of(config, manifest).extractor
+    return metrics.extractor_name(extractor, reference_split=config.evaluation.reference_split)
 
 
 def classes_in_turn(config: Config) -> int:

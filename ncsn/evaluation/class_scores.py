@@ -64,7 +64,7 @@ class ClassScores:
 
 
 @dataclass(frozen=True)
-class AskedClasses:
+class RequestedClasses:
     """The classes of images to measure, and of the reference images."""
 
     labels: Labels  # [N] that were asked for, -1 for none

@@ -15,7 +15,8 @@ from scipy.linalg.lapack import dpstrf
 from threadpoolctl import threadpool_limits
 
 from ncsn.errors import InvalidValue, UserError
-from ncsn.evaluation import DEVIATIONS, with_interval
+from ncsn.evaluation import DEVIATIONS
+from ncsn.runs.metrics import with_interval
 
 Array = npt.NDArray[np.float64]
 

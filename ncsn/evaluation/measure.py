@@ -19,9 +19,10 @@ from ncsn.evaluation.frechet import RunningDistance, RunningScore, score_of
 from ncsn.evaluation.reference import Evaluator, Reference, class_histogram, load_reference
 from ncsn.evaluation.scores import excess_distance, inception_score, kernel_distance, precision_recall
 from ncsn.progress import Progress
+from ncsn.runs.metrics import metric_name
 
 if TYPE_CHECKING:
-    from ncsn.evaluation.class_scores import AskedClasses, ClassScores
+    from ncsn.evaluation.class_scores import ClassScores, RequestedClasses
 
 # Images for precision, recall, density and coverage; the cost grows with the square.
 FEWEST_BALLS, BALL_IMAGES = 6, 10_000
@@ -52,18 +53,13 @@ class Measured:
         }
 
 
-def metric_name(metric: str, *, extractor: str, num_images: int, real: bool = False) -> str:
-    """`eval/classifier_fid_n512`, or `eval/real_classifier_fid_n512` for real test images."""
-    return f"eval/{'real_' if real else ''}{extractor}_{metric}_n{num_images}"
-
-
 def measure_extracted(
     extracted: Extracted,
     *,
     reference: Reference,
     num_splits: int,
     classes: bool = True,
-    asked: AskedClasses | None = None,
+    requested: RequestedClasses | None = None,
     num_compared: int | None = None,
     in_turn: int = 1,
     early: bool = True,
@@ -76,7 +72,7 @@ def measure_extracted(
         extracted: Features and probabilities of the images, in order.
         num_splits: Of the score.
         classes: Whether the extractor's classes mean something; without, there is no score.
-        asked: The classes of the images; None for a model without.
+        requested: The classes of the images; None for a model without.
         num_compared: Images of the smallest set that these are compared with; None for as many as these. Scores of
             more images, which depend on their number, are only of samples.
         in_turn: How many classes the images show in turn.
@@ -98,7 +94,7 @@ def measure_extracted(
         probabilities = extracted.log_probabilities
         metrics |= class_metrics(probabilities[:most], reference, num_splits=num_splits)
         equal |= class_metrics(probabilities[:fewest], reference, num_splits=num_splits)
-    found = None if asked is None else asked.scores(extracted, reference=reference.features, seed=COMMON_SEED)
+    found = None if requested is None else requested.scores(extracted, reference=reference.features, seed=COMMON_SEED)
     if found is not None:
         metrics |= {name: Metric(value, found.count) for name, value in found.metrics.items()}
     return Measured(metrics=metrics, running=scores, equal=equal, classes=found)
@@ -183,21 +179,23 @@ def _measure_set(work: _Work) -> Measured:
     config, dataset, images, extracted, fewest, extractor, uri, real = work
     reference = load_reference(uri)
     assert reference is not None, "the evaluator has it"
-    asked, num_classes = None, config.data.num_classes
+    requested, num_classes = None, config.data.num_classes
     # The extractor has seen the classes of training images, so these say nothing beside the samples.
     if num_classes is not None and not (isinstance(images, SplitSet) and images.split == "train"):
-        from ncsn.evaluation.class_scores import AskedClasses  # here, so that a run without classes does not load it
+        from ncsn.evaluation.class_scores import (
+            RequestedClasses,  # here, so that a run without classes does not load it
+        )
 
         known = open_cache(dataset, config.evaluation.reference_split, as_bytes=True).labels
         labels = images.labels() if real is None else images.labels()[mixed_order(config, images.count)]
-        asked = AskedClasses(labels, known, num_classes, own=extractor == "classifier")
+        requested = RequestedClasses(labels, known, num_classes, own=extractor == "classifier")
     in_turn = 1 if isinstance(images, SplitSet) else classes_in_turn(config)
     measured = measure_extracted(
         extracted,
         reference=reference,
         num_splits=config.evaluation.num_splits,
         classes=extractor in WITH_SCORE,
-        asked=asked,
+        requested=requested,
         num_compared=fewest,
         in_turn=in_turn,
         early=real is not None,

@@ -30,6 +30,7 @@ from ncsn.evaluation.features import Runner, SplitSet, device_of, extract_set, e
 from ncsn.evaluation.frechet import FrechetStatistics, frechet_distance, merged
 from ncsn.evaluation.scores import kernel_distance
 from ncsn.progress import Progress
+from ncsn.runs.metrics import EXTRACTOR_ACCURACY
 
 GAUSSIAN_IMAGES, MOMENT_IMAGES = 1024, 2000
 FOLDER = "reference"  # below that of the dataset
@@ -145,7 +146,7 @@ def open_evaluator(
         assert reference is not None, "it was made now, or by another process"
     # What the store had, and what another process has trained with its own copy of the progress.
     progress.advance(before + images_to_prepare(config, manifest) - progress.done)
-    facts = {} if accuracy is None else {"eval/classifier_test_accuracy": accuracy}
+    facts = {} if accuracy is None else {EXTRACTOR_ACCURACY: accuracy}
     return Evaluator(extractor_name(config, manifest), extractor, reference, facts)
 
 

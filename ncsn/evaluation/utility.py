@@ -1,15 +1,15 @@
 """Do generated images help a classifier? From its answers on test images, with and without them.
 
 Each arm, a set of training images, has S classifiers of S seeds; `answers` [S, N] are the classes that they give N test
-images. Figures are in percent, as {value, low, high} with the 95 % interval. Everything is by class: balanced accuracy
-is the mean of the recalls.
+images. Figures are in percent. Everything is by class: balanced accuracy is the mean of the recalls.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from ncsn.core.keyed_random import COMMON_SEED
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
+from ncsn.runs.metrics import Estimate
+from ncsn.runs.results import Arm
 
 SURE = 0.05  # chance that an interval misses the truth
 LEAST_OF_CLASS = 2  # images to train on, and to test with
@@ -24,7 +26,6 @@ UNBALANCED = 1.5  # the largest class over the smallest, from which arms balance
 NAMED_IMAGES = 20  # test images of a class from which it may be named
 
 Numbers: TypeAlias = NDArray[np.int64]
-Figure: TypeAlias = dict[str, float]  # value, low and high
 _Mean: TypeAlias = tuple[NDArray[np.float64], float]  # of each seed, and its variance over test images
 
 
@@ -45,25 +46,36 @@ def unbalanced(counts: Sequence[float] | Numbers) -> bool:
     return bool(max(counts) > UNBALANCED * min(counts))
 
 
-def figures(answers: Numbers, labels: Numbers, *, num_classes: int) -> dict[str, Any]:
-    """`balanced_accuracy`, `accuracy` and `macro_f1` of one arm, and the `recalls` of its classes."""
+def arm_of(name: str, answers: Numbers, labels: Numbers, *, num_classes: int, real: int = 0, generated: int = 0) -> Arm:
+    """How good the classifiers of an arm are, which pass so many `real` and `generated` images."""
     right = (answers == labels).astype(float)
-    found = [_mean(right, labels), _mean(right), _macro_f1(answers, labels, num_classes)]
-    found += [_mean(right[:, labels == label]) for label in range(num_classes)]
-    balanced, accuracy, f1, *recalls = ({k: min(max(v, 0), 100) for k, v in _figure(each).items()} for each in found)
-    return {"balanced_accuracy": balanced, "accuracy": accuracy, "macro_f1": f1, "recalls": recalls}
+    return Arm(
+        name=name,
+        real=real,
+        generated=generated,
+        balanced_accuracy=_estimate(_mean(right, labels), least=0),
+        accuracy=_estimate(_mean(right), least=0),
+        macro_f1=_estimate(_macro_f1(answers, labels, num_classes), least=0),
+        recalls=[_estimate(_mean(right[:, labels == label]), least=0) for label in range(num_classes)],
+    )
 
 
-def compare(without: Numbers, ratios: Mapping[str, Numbers], labels: Numbers, *, num_classes: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Comparison:
+    """What the one comparison says of generated images."""
+
+    grade: str  # helps, harms or same
+    gain: Estimate  # in balanced accuracy
+    chosen: list[str]  # the arms that were judged, the most often chosen first
+    classes: list[Estimate]  # the gain in each
+    named: list[int]  # classes whose gain is surely not zero, by Holm over all, largest first
+
+
+def compare(without: Numbers, ratios: Mapping[str, Numbers], labels: Numbers, *, num_classes: int) -> Comparison:
     """The one comparison: the arm of the best of all `ratios` against the one `without` generated images.
 
     The test images of each class fall into two halves. What classifiers of one seed answer on one half is judged for
     the arm that is best on the other half by all other seeds: neither images nor classifiers judge what they chose.
-
-    Returns:
-        `grade`: helps, harms or same; `gain` in balanced accuracy; `chosen`: the arms that were judged, the most often
-        chosen first; `classes`: the gain in each; `named`: classes whose gain is surely not zero, by Holm over all,
-        largest first.
     """
     first, names, seeds = _first_half(labels), [*ratios], np.arange(len(without))
     rights = np.stack([(answers == labels) * 1.0 for answers in ratios.values()])
@@ -71,14 +83,14 @@ def compare(without: Numbers, ratios: Mapping[str, Numbers], labels: Numbers, *,
     best = (scores.sum(axis=2, keepdims=True) - scores).argmax(axis=1)  # [halves, seeds]; of equal ones the first
     gain = np.where(first, rights[best[1], seeds], rights[best[0], seeds]) - (without == labels)
     by_class = [_mean(gain[:, labels == label]) for label in range(num_classes)]
-    whole = _figure(_mean(gain, labels))
-    return {
-        "grade": "helps" if whole["low"] > 0 else "harms" if whole["high"] < 0 else "same",
-        "gain": whole,
-        "chosen": [names[arm] for arm, _ in Counter(best.ravel().tolist()).most_common()],
-        "classes": [_figure(each) for each in by_class],
-        "named": _surely(by_class, np.bincount(labels, minlength=num_classes)),
-    }
+    whole = _estimate(_mean(gain, labels))
+    return Comparison(
+        grade="helps" if whole.low > 0 else "harms" if whole.high < 0 else "same",
+        gain=whole,
+        chosen=[names[arm] for arm, _ in Counter(best.ravel().tolist()).most_common()],
+        classes=[_estimate(each) for each in by_class],
+        named=_surely(by_class, np.bincount(labels, minlength=num_classes)),
+    )
 
 
 def _first_half(labels: Numbers) -> NDArray[np.bool_]:
@@ -125,12 +137,13 @@ def _deviation(mean: _Mean) -> float:
     return float(np.sqrt(mean[0].var(ddof=1) / len(mean[0]) + mean[1]))
 
 
-def _figure(mean: _Mean) -> Figure:
-    """The mean over seeds, with Student's t of one less than seeds."""
+def _estimate(mean: _Mean, *, least: float = -100.0) -> Estimate:
+    """The mean over seeds in percent, from `least` to 100, with Student's t of one less than seeds."""
     from scipy.stats import t  # here, so that commands that judge nothing do not load it
 
     value, reach = float(mean[0].mean()), float(t.ppf(1 - SURE / 2, len(mean[0]) - 1)) * _deviation(mean)
-    return {"value": 100 * value, "low": max(100 * (value - reach), -100), "high": min(100 * (value + reach), 100)}
+    ends = (100 * value, 100 * (value - reach), 100 * (value + reach))
+    return Estimate(*(min(max(end, least), 100.0) for end in ends))
 
 
 def _surely(by_class: list[_Mean], counts: Numbers) -> list[int]:

@@ -28,14 +28,17 @@ from ncsn.core.training import train_step
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.errors import UserError
-from ncsn.evaluation.learner import RATES, TRIED, augmentation, network_for
 from ncsn.evaluation.utility import unbalanced
+from ncsn.evaluation.utility_training import RATES, TRIED, augmentation, network_for
 from ncsn.model import build
 from ncsn.model.generate import evaluations_per_image
 from ncsn.model.memory import kept_bytes
 from ncsn.model.objective import noise_notes, objective_of
 from ncsn.report.words import duration, slowdown, takes
-from ncsn.runs.folder import cost_of, images_seen_at, read_step, run_folder, state_to_continue
+from ncsn.runs.layout import images_seen_at, run_folder
+from ncsn.runs.record import cost_of, read_result
+from ncsn.runs.results import IngestResult
+from ncsn.runs.run import state_to_continue
 
 _STATE_BYTES = 5 * 4  # per parameter in float32: weights, their average, gradients, and Adam's two moments
 MEASUREMENTS, SECONDS = 10, 0.5  # the fastest counts; no more of them after so long
@@ -182,15 +185,15 @@ def with_levels(config: Config, run: str) -> Config:
     """The config with what `noise: auto` chooses for the run's dataset; `UserError` while the run has none."""
     if not isinstance(config.noise, AutoNoiseConfig):
         return config
-    if ingested := read_step(run_folder(config, run), "ingest").result:
-        return resolve_noise(config, load_manifest(str(ingested["uri"])))
+    if ingested := read_result(run_folder(config, run), IngestResult):
+        return resolve_noise(config, load_manifest(ingested.uri))
     reason = "chosen from images that are not ingested yet"
     raise UserError("noise", reason, hint="run `ncsn ingest` first", value="auto")
 
 
 def chosen_levels(config: Config, run: str) -> list[str]:
     """What `noise: auto` chooses for the run's dataset, for people; empty while the run has none."""
-    if not read_step(run_folder(config, run), "ingest").result:
+    if read_result(run_folder(config, run), IngestResult) is None:
         return []
     levels = with_levels(config, run).noise
     assert isinstance(levels, NoiseConfig)
@@ -233,10 +236,10 @@ def plan(config: Config, run: str) -> dict[str, Any]:
         found["slowdown"] = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
     if config.utility is None:
         return found
-    if not (ingested := read_step(run_folder(config, run), "ingest").result):
+    if (ingested := read_result(run_folder(config, run), IngestResult)) is None:
         found["notes"].append("The step utility is not counted: run `ncsn ingest` first, which counts the classes.")
         return found
-    (seconds,) = _utility_seconds(config, load_manifest(str(ingested["uri"])), speed, [config.utility])
+    (seconds,) = _utility_seconds(config, load_manifest(ingested.uri), speed, [config.utility])
     found["steps"]["utility"] = cost_of(config, "utility", seconds)._asdict()
     return found
 
@@ -256,13 +259,13 @@ def _utility_seconds(config: Config, manifest: Manifest, speed: Speed, wishes: S
 
 def utility_line(config: Config, run: str) -> str:
     """How long the step utility takes on this machine, and a shorter one; empty for a run without classes."""
-    ingested = read_step(run_folder(config, run), "ingest").result
-    if config.data.num_classes is None or not ingested:
+    ingested = read_result(run_folder(config, run), IngestResult)
+    if config.data.num_classes is None or ingested is None:
         return ""
     config, wish = with_levels(config, run), config.utility or UtilityConfig()
     shorter = {"updates": math.ceil(wish.updates / 4), "ratios": (min(wish.ratios),)}
     wishes = [wish, wish.model_copy(update=shorter)]
-    long, short = _utility_seconds(config, load_manifest(str(ingested["uri"])), measure_speed(config), wishes)
+    long, short = _utility_seconds(config, load_manifest(ingested.uri), measure_speed(config), wishes)
     times = slowdown(config.compute.max_workers * config.compute.cpus_per_worker)
     settings = f"--set utility.updates={shorter['updates']} --set 'utility.ratios=[{min(wish.ratios):g}]'"
     return f"utility takes {takes(long, times=times)}, less what is done already; {duration(short)} with {settings}"

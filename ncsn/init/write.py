@@ -39,7 +39,7 @@ _NAMED = 3  # classes
 
 
 @dataclass(frozen=True)
-class Asks:
+class Questions:
     """What may be shown to somebody and asked meanwhile; nobody answers by default."""
 
     looking: Callable[[], AbstractContextManager[Progress | None]] = nullcontext
@@ -128,7 +128,9 @@ def copy_example(name: str, out: str | None, *, given: str = "") -> Written:
     return Written(file, name)
 
 
-def from_images(place: str, out: str | None, *, seconds: float, overrides: Sequence[str], asks: Asks) -> Written:
+def from_images(
+    place: str, out: str | None, *, seconds: float, overrides: Sequence[str], questions: Questions
+) -> Written:
     """Look at images, choose every setting for a run of about `seconds`, and write the config and a picture.
 
     The default of `out` is the name of the experiment.
@@ -140,20 +142,20 @@ def from_images(place: str, out: str | None, *, seconds: float, overrides: Seque
         storage.require_output("--out", str(each))
 
     def look(overrides: Sequence[str]) -> Survey:
-        with asks.looking() as progress:
+        with questions.looking() as progress:
             return survey(place, overrides=overrides, progress=progress)
 
     def ask_mirrored(images: npt.NDArray[np.uint8], measured: bool) -> bool:  # noqa: FBT001 - as `AskMirrored`
-        if asks.mirrored is None:
+        if questions.mirrored is None:
             unasked.append(measured)
             return measured
-        return asks.mirrored(_seen(images, rows=2, columns=4), measured)
+        return questions.mirrored(_seen(images, rows=2, columns=4), measured)
 
     unasked: list[bool] = []
     try:
         found = look(overrides)
         small = choose.small_classes(found)
-        if small and found.source == "image_folder" and asks.left_out(in_words(small)):
+        if small and found.source == "image_folder" and questions.left_out(in_words(small)):
             overrides = [*overrides, f"data.leave_out={json.dumps(list(small))}"]
             found = look(overrides)
         chosen = choose.choose(

@@ -22,9 +22,9 @@ from ncsn.config import ConfigError, from_yaml
 from ncsn.data.format import MANIFEST
 from ncsn.errors import UserError
 from ncsn.inspection.listing import at_once, grouped
-from ncsn.runs import folder
-from ncsn.runs.folder import RUN_PATTERN, Store, begun
-from ncsn.runs.steps import SEARCH
+from ncsn.runs import layout
+from ncsn.runs.layout import RUN_PATTERN, Store, begun
+from ncsn.runs.results import IngestResult, Result, SearchResult, TrainResult
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.deleted import delete_artifacts, deleted_artifacts, every_version, sampled_runs
@@ -41,7 +41,7 @@ CLASSES = {
 }
 _QUIET_SECONDS = 86400.0  # a run whose pod waits for room changes nothing, and a stopped one may go on the next morning
 _LOOK_SECONDS = 5.0  # between two looks for steps that have begun
-_MARKERS = (MANIFEST, folder.INDEX, "reference.json")  # without its own, a folder is not complete
+_MARKERS = (MANIFEST, layout.INDEX, "reference.json")  # without its own, a folder is not complete
 _Candidate = tuple[str, str, list[Entry]]  # what may go unless somebody refers to it: class, place and files
 
 
@@ -60,7 +60,7 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     versions, sampled = every_version(client), sampled_runs(client, root)
     tags = [version.tags for version in versions]
     files = storage.list_entries(root, files=True)
-    runs = {run: held for run, held in grouped(folder.OF_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
+    runs = {run: held for run, held in grouped(layout.OF_RUN, files).items() if RUN_PATTERN.fullmatch(run)}
     if began and not runs:  # A store whose disk with the runs is not mounted looks the same.
         hint = f"find them, or delete {Store(root).begun} if they are gone for good"
         raise UserError(Store(root).runs, "has none of the runs that have begun", hint=hint)
@@ -68,34 +68,34 @@ def find_leftovers(root: str, registry: str) -> tuple[list[Leftover], dict[str, 
     # By place the runs that name it, and those that name it or something in it; "" for versions.
     whole, named = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
     for who, said in [("", tags), *records.items()]:
-        for path in map(PurePosixPath, re.findall(folder.NAMED, json.dumps(said))):
+        for path in map(PurePosixPath, re.findall(layout.NAMED, json.dumps(said))):
             whole[str(path)].add(who)
             for place in (path, *path.parents):
                 named[str(place)].add(who)
     active = {run for run, when in began.items() if time.time() - when < _QUIET_SECONDS}
     active |= {run for run, held in runs.items() if not _is_quiet(held)}
     registered = {each.get("ncsn.run") for each in tags}
-    registered |= {run for run, said in records.items() if said.get("train", {}).get("inputs", {}).get("model")}
-    candidates = [("code", *each) for each in grouped(folder.ARCHIVE, files).items() if _is_quiet(each[1])]
-    candidates += _cut([entry for entry in files if folder.run_of(entry.path) not in active])
+    registered |= {run for run in runs if _recorded(records[run], TrainResult).get("key", {}).get("model")}
+    candidates = [("code", *each) for each in grouped(layout.ARCHIVE, files).items() if _is_quiet(each[1])]
+    candidates += _cut([entry for entry in files if layout.run_of(entry.path) not in active])
     for run in runs.keys() - active:
         candidates += _surplus(root, runs[run])
-        tuned = records[run].get(SEARCH, {})
-        trials = grouped(folder.OF_TRIAL, runs[run]) if tuned.get("state") == "FINISHED" else {}
+        tuned = _recorded(records[run], SearchResult)
+        trials = grouped(layout.OF_TRIAL, runs[run]) if tuned.get("state") == "FINISHED" else {}
         for checkpoints, held in trials.items():
             trial = storage.find_json(storage.join(root, checkpoints.rpartition("/")[0], "trial.json"))
-            if trial is not None and trial["values"] != tuned["result"]["values"]:  # the search did not choose it
+            if trial is not None and trial["values"] != tuned["values"]["values"]:  # the search did not choose it
                 candidates.append(("trials", checkpoints, held))
         if run in sampled and run not in registered:
-            candidates += [("samples", *each) for each in grouped(folder.OF_SAMPLES, runs[run]).items()]
+            candidates += [("samples", *each) for each in grouped(layout.OF_SAMPLES, runs[run]).items()]
     # An active run may read any dataset until it has recorded its own.
-    if all(records.get(run, {}).get("ingest", {}).get("result") for run in active):
+    if all(_recorded(records.get(run, {}), IngestResult).get("values") for run in active):
         candidates += _of_datasets(files, named, active, tags)
     found = [
         Leftover(kind, storage.join(root, place), sum(entry.size for entry in held))
         for kind, place, held in candidates
-        if not named[place] - ({folder.run_of(place)} if kind == "samples" else set())
-        if not whole[folder.folder_of(place)] - {folder.run_of(place), ""}  # Another run reads the whole folder.
+        if not named[place] - ({layout.run_of(place)} if kind == "samples" else set())
+        if not whole[layout.folder_of(place)] - {layout.run_of(place), ""}  # Another run reads the whole folder.
         # Not where a symbolic link below the root leads: others may use what is behind it.
         if not (storage.is_local(root) and Path(root, place).resolve() != Path(root).resolve() / place)
     ]
@@ -125,13 +125,17 @@ def delete_leftovers(
 
 
 def _read(root: str, held: Iterable[Entry]) -> dict[str, Any]:
-    """What a run has recorded: of each step, and its config."""
-    found = {
-        place.split("/")[3]: storage.read_json(storage.join(root, place)) for place in grouped(folder.RECORD, held)
-    }
-    for place in grouped(folder.CONFIG, held):
-        found["config"] = storage.read_text(storage.join(root, place))
+    """What a run has recorded, by the path of the file: of each step, and its config."""
+    found = {place: storage.read_json(storage.join(root, place)) for place in grouped(layout.RECORD, held)}
+    for place in grouped(layout.CONFIG, held):
+        found[place] = storage.read_text(storage.join(root, place))
     return found
+
+
+def _recorded(files: Mapping[str, Any], kind: type[Result]) -> dict[str, Any]:
+    """What the files of a run have of a step: of its last attempt and of its last result."""
+    ours = (said for place, said in files.items() if f"/steps/{kind.step}/" in place)
+    return dict(pair for said in ours for pair in said.items())
 
 
 def _cut(files: Sequence[Entry]) -> list[_Candidate]:
@@ -140,9 +144,9 @@ def _cut(files: Sequence[Entry]) -> list[_Candidate]:
     return [
         ("temporary", place, held)
         for pattern, marker in (
-            (folder.TEMPORARY, ""),
-            (folder.OF_CHECKPOINT, folder.INDEX),
-            (folder.OF_DATASET, MANIFEST),
+            (layout.TEMPORARY, ""),
+            (layout.OF_CHECKPOINT, layout.INDEX),
+            (layout.OF_DATASET, MANIFEST),
         )
         for place, held in grouped(pattern, files).items()
         if f"{place}/{marker}" not in paths and _is_quiet(held)
@@ -151,8 +155,8 @@ def _cut(files: Sequence[Entry]) -> list[_Candidate]:
 
 def _surplus(root: str, files: Sequence[Entry]) -> list[_Candidate]:
     """Checkpoints that training would have deleted."""
-    paths, checkpoints = {entry.path for entry in files}, grouped(folder.OF_TRAINING, files)
-    whole = [place for place in checkpoints if f"{place}/{folder.INDEX}" in paths]
+    paths, checkpoints = {entry.path for entry in files}, grouped(layout.OF_TRAINING, files)
+    whole = [place for place in checkpoints if f"{place}/{layout.INDEX}" in paths]
     whole.sort(key=lambda place: int(place.rpartition("-")[2]))
     images = [place for place in whole if "/images-" in place]
     if not images:
@@ -173,10 +177,10 @@ def _of_datasets(
     # By digests and the beginnings of fingerprints, since the tags of a store that was moved have its old addresses.
     needed = {each.get("dataset.digest") for each in tags} | {each.get("eval.fingerprint", "")[:16] for each in tags}
     whole = grouped(rf"(.+)/{MANIFEST}", files)
-    for place, held in grouped(folder.OF_DATASET, files).items():
+    for place, held in grouped(layout.OF_DATASET, files).items():
         if place in whole and not named[place] and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "datasets", place, held
-    for place, held in grouped(folder.OF_FEATURES, files).items():
+    for place, held in grouped(layout.OF_FEATURES, files).items():
         users = named[place.rpartition("/reference/")[0]]  # without any, the dataset goes
         if users and not users & active and place.rpartition("/")[2] not in needed and _is_quiet(held):
             yield "features", place, held

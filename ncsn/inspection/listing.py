@@ -19,9 +19,10 @@ from ncsn.config.schema import MODEL_NAME_PATTERN, SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.errors import UserError
 from ncsn.progress import read_progress
-from ncsn.runs.folder import DATASET, RUN_PATTERN, RunFolder, Store, read_outcome, read_step
+from ncsn.runs.layout import DATASET, RUN_PATTERN, RunFolder, Store
+from ncsn.runs.record import finished_steps, read_attempt, read_finished, read_outcome
+from ncsn.runs.results import EvaluateResult
 from ncsn.runs.steps import STEP_TABLE
-from ncsn.steps.results import result_line
 from ncsn.storage import Entry
 from ncsn.tracking.client import client_at
 from ncsn.tracking.gate import Decision
@@ -75,28 +76,32 @@ def describe_run(root: str, run: str) -> Item:
     folder = RunFolder(root, run)
     files = {entry.path: entry for entry in storage.list_entries(folder.uri, files=True)}
     changed = max((entry.changed for entry in files.values()), default=0.0)
-    places = {step: folder.step(step, "step.json").removeprefix(f"{folder.uri}/") for step in STEP_TABLE}
+
+    def below(step: str, file: str) -> str:
+        return folder.step(step, file).removeprefix(f"{folder.uri}/")
+
+    places = {step: below(step, "attempt.json") for step in STEP_TABLE}
     records = [(files[place].changed, step) for step, place in places.items() if place in files]
     state, figures, facts = "NEW", "", {"uri": folder.uri}  # nothing was begun yet
     if records:
         last, step = max(reversed(records), key=lambda pair: pair[0])  # of one second in S3, the later step
-        record = read_step(folder, step)
-        state = f"{record.state or state} {step}"
-        if record.error is not None:
-            facts["error"] = record.error.message
-        if record.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
+        attempt = read_attempt(folder, step)
+        state = f"{attempt.state or state} {step}"
+        if attempt.error is not None:
+            facts["error"] = attempt.error.message
+        if attempt.state == "RUNNING" and time.time() - changed > _QUIET_SECONDS:
             state = f"LOST {step}"  # its process cannot say so
         ended = files.get("status.json")
         if ended is not None and (outcome := read_outcome(folder)) is not None:
             end = " ".join(filter(None, (outcome.status, outcome.failed_step)))
             # A single step may have begun after the pipeline.
             state = end if ended.changed >= last or state == end else f"{end}; {step} {state.split()[0]}"
-        if places["evaluate"] in files:
-            step, record = "evaluate", read_step(folder, "evaluate")
-        if record.result:
-            figures = result_line(step, record.result)
-        elif record.error is not None:
-            figures = " ".join(record.error.message.split())
+        if below(EvaluateResult.step, "result.json") in files:
+            step = EvaluateResult.step
+        if (finished := read_finished(folder, step)) is not None:
+            figures = str(finished)
+        elif attempt.error is not None:
+            figures = " ".join(attempt.error.message.split())
         elif progress := read_progress(folder.step(step, "progress.json")):
             figures = f"{progress.done:,} / {progress.total:,} {progress.unit}"
     return Item("run", run, state, sum(entry.size for entry in files.values()), changed, figures, facts)
@@ -189,8 +194,6 @@ def _find_run(root: str, name: str) -> list[Item]:
     if not (RUN_PATTERN.fullmatch(name) and storage.exists(folder.config)):
         return []
     run, facts = describe_run(root, name), dict[str, str]()
-    for step in STEP_TABLE:
-        record = read_step(folder, step)
-        if record.result:
-            facts[step] = f"{result_line(step, record.result)}; {record.seconds:,.1f} s"
+    for step, finished in finished_steps(dict.fromkeys(STEP_TABLE, folder)).items():
+        facts[step] = f"{finished}; {finished.seconds:,.1f} s"
     return [replace(run, facts={**run.facts, **facts})]

@@ -13,18 +13,20 @@ from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import UserError
 from ncsn.remote import open_backend
 from ncsn.report.pages import render
-from ncsn.runs.folder import (
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import (
     ForeignRun,
     Outcome,
-    Run,
-    RunFolder,
+    finished_steps,
     folders_of,
+    read_attempt,
+    read_finished,
     read_outcome,
-    read_step,
-    update_step,
+    update_attempt,
     write_outcome,
 )
-from ncsn.runs.steps import PIPELINE, STEPS
+from ncsn.runs.run import Run
+from ncsn.runs.steps import FIRST, PIPELINE, STEP_TABLE
 from ncsn.tracking.mlflow_runs import close_run, container_image, kfp_run
 
 if TYPE_CHECKING:
@@ -32,13 +34,6 @@ if TYPE_CHECKING:
 
 # States of the steps together that mean success: of `kfp.local`, and of KFP 2.17's backend, which uses MLMD's.
 STEPS_SUCCEEDED = ("SUCCEEDED", "COMPLETE", "CACHED")
-PLACES = (  # on the page, if they are known: name, step, field of its result
-    ("dataset", "ingest", "uri"),
-    ("dataset digest", "ingest", "digest"),
-    ("checkpoint", "train", "checkpoint"),
-    ("model", "register", "uri"),
-    ("report", "report", "uri"),
-)
 # In Argo's message about a terminated step: Argo terminates a step by a zero deadline.
 _DEADLINE = "exceeded its deadline"
 _LOOK_SECONDS = 30.0
@@ -69,7 +64,7 @@ def run(
         mine = Run(config, run)
         mine.claim()
         folder = mine.folder
-        if ours and storage.exists(refused := folder.step(STEPS[0], f"refused-{ours}")):
+        if ours and storage.exists(refused := folder.step(FIRST, f"refused-{ours}")):
             raise ForeignRun("", storage.read_text(refused))
         folders = folders_of(folder, config)
     except ForeignRun as refusal:  # its store and MLflow run stay as they are
@@ -78,7 +73,7 @@ def run(
     else:
         runs = {folder.run: folder for folder in folders.values()}
         alone = kfp is None and state.upper().startswith("CANCEL")  # a launcher is gone, perhaps of a later step
-        before = read_outcome(folders[STEPS[0]]) if alone else None
+        before = read_outcome(folders[FIRST]) if alone else None
         if state.upper() in STEPS_SUCCEEDED:
             outcome = Outcome("FINISHED")
         elif before is not None:
@@ -96,21 +91,22 @@ def run(
             for folder in () if before else runs.values():
                 write_outcome(folder, outcome, closed=folder.run == run)
             for step, folder in folders.items() if before else ():
-                if read_step(folder, step).state == "RUNNING":
-                    update_step(folder, step, state="KILLED")
+                if read_attempt(folder, step).state == "RUNNING":
+                    update_attempt(folder, step, state="KILLED")
             for each in runs:
                 places |= close_run(config, run=each, status=outcome.status, tags=tags)
-        records = {step: read_step(folder, step) for step, folder in folders.items()}
-        for name, step, key in PLACES:
-            places[name] = records[step].result.get(key, "")
-        places["store"] = folders["register"].uri
-        for step, record in records.items():
-            done = f"done in {record.seconds:,.1f} s, {record.finished_at}" if record.result else "not done"
+        finished, headlines = finished_steps(folders), list[str]()
+        for step in folders:
+            record = finished.get(step)
+            if record is None:
+                done = "not done"
+            else:
+                done = f"done in {record.seconds:,.1f} s, {record.finished_at}"
+                headlines += filter(None, [record.result.headline])
+                places |= {name: record.values[field] for name, field in STEP_TABLE[step].links.items()}
             steps[step] = "failed" if step == outcome.failed_step else done
-        if gate := records["register"].result.get("reason"):
-            notes.insert(0, f"The gate: {gate}")
-        if verdict := records["evaluate"].result.get("verdict"):
-            notes.insert(0, verdict)
+        places["store"] = [*folders.values()][-1].uri
+        notes = [*headlines, *notes]
     notes += [f"{name} was still running on the cluster and has been stopped." for name in canceled]
     page = render("run_page.md.j2", run=run, outcome=outcome, steps=steps, places=places, notes=notes)
     return FinishResult(outcome.status, outcome.reason, outcome.failed_step, canceled, page)
@@ -147,16 +143,17 @@ def _outcome(
     ours = kfp_run_id or os.environ.get(KFP_RUN_ID, "")
     step, error, lost = None, None, None
     for name, folder in folders.items():
-        record = read_step(folder, name)
-        error = record.error if record.error is not None and record.error.kfp_run == ours else None
-        if error is not None or not record.result:
+        error = read_attempt(folder, name).error
+        if error is not None and error.kfp_run != ours:
+            error = None
+        if error is not None or read_finished(folder, name) is None:
             step = name
             break
     if error is not None and error.kind == "SystemExit" and looked and not terminated:
         error = None  # an evicted pod gets SIGTERM too, and its state says more
-    told = read_outcome(folders["train"]) if error is None or terminated else None
+    told = read_outcome([*folders.values()][-1]) if error is None or terminated else None
     if told is not None and told.status == "FAILED" and told.failed_step in folders:
-        theirs = read_step(folders[str(told.failed_step)], str(told.failed_step)).error
+        theirs = read_attempt(folders[str(told.failed_step)], str(told.failed_step)).error
         # A task of another pipeline run, which works on the same run, said that it failed, and that still holds.
         if theirs is not None and theirs.message == told.reason and theirs.kfp_run != ours:
             return told

@@ -29,7 +29,8 @@ from ncsn.progress import say
 from ncsn.remote.kuberay import NOTES, JobState
 from ncsn.remote.kubernetes import KubernetesApi, Resource, is_ending, is_over, owner_of, was_stopped
 from ncsn.remote.manifest import RUN_LABEL, STEP_LABEL, selector
-from ncsn.runs.folder import RunFolder, read_outcome, run_folder
+from ncsn.runs.layout import RunFolder, run_folder
+from ncsn.runs.record import read_outcome
 from ncsn.storage.heartbeat import LEASE_SECONDS, is_abandoned
 from ncsn.storage.retry import limited
 

@@ -11,8 +11,9 @@ from ncsn.answer import TERMINATED
 from ncsn.environment import KFP_RUN_ID, this_kfp_run
 from ncsn.errors import UserError
 from ncsn.events import tell
-from ncsn.runs.folder import ForeignRun, Outcome, Run, read_step, update_step, write_end, write_outcome
-from ncsn.runs.steps import STEPS
+from ncsn.runs.record import ForeignRun, Outcome, read_attempt, update_attempt, write_end, write_outcome
+from ncsn.runs.run import Run
+from ncsn.runs.steps import FIRST
 from ncsn.steps.execute import Observer
 
 _TRY = "KFP_RETRY_INDEX"  # KFP's: how often this task was tried before. KFP's own Retry counts from 0 again.
@@ -25,7 +26,7 @@ class Task(Observer):
     def __init__(self, step: str, run: Run, *, last: bool) -> None:
         run.claim()  # so that a refusal is recorded too
         self._last, self._mistake = last, None
-        error = read_step(run.folder, step).error
+        error = read_attempt(run.folder, step).error
         again = int(os.environ.get(_TRY) or 0)
         if again and error is not None and error.problems and error.kfp_run == os.environ.get(KFP_RUN_ID):
             self._mistake = UserError.of(error.problems)
@@ -34,15 +35,18 @@ class Task(Observer):
         """Tell the janitor and the webhook of the run, once; another try does not repeat a mistake."""
         if self._mistake is not None:
             raise self._mistake
-        first = step == STEPS[0]
+        first = step == FIRST
         if this_kfp_run() is not None:  # then there is a cluster, whose client takes a while to import
             from ncsn.kubeflow.janitor import note_run
 
             first = note_run(run.config, run.name)
         if first:
             tell("started", run=run.name, root=run.folder.root)
-        storage.delete(run.folder.status)  # the run has not ended
         storage.delete(_refused(run))  # of an earlier try, beside a job with other inputs
+
+    def begun(self, run: Run) -> None:
+        """A run whose step works has not ended."""
+        storage.delete(run.folder.status)
 
     def ended(self, step: str, run: Run, *, again: bool) -> None:  # noqa: ARG002
         """Write the end of the run."""
@@ -56,13 +60,13 @@ class Task(Observer):
                 storage.write_text(_refused(run), str(error))
         elif isinstance(error, Exception):
             if _terminated():  # the janitor may delete a RayJob before Argo ends this process
-                update_step(run.folder, step, state="KILLED")
+                update_attempt(run.folder, step, state="KILLED")
                 raise SystemExit(TERMINATED) from error
             write_end(run.config, [run.folder], step, error)
 
 
 def _refused(run: Run) -> str:
-    return run.folder.step(STEPS[0], f"refused-{os.environ.get(KFP_RUN_ID)}")
+    return run.folder.step(FIRST, f"refused-{os.environ.get(KFP_RUN_ID)}")
 
 
 def _terminated() -> bool:

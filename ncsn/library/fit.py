@@ -36,7 +36,7 @@ from ncsn.library.model import ScoreModel
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.progress import Progress
 from ncsn.report.images import evenly_spread
-from ncsn.runs.folder import images_seen_at
+from ncsn.runs.layout import images_seen_at
 from ncsn.storage import CACHE_DIR_VARIABLE, cache_folder, scratch_folder
 from ncsn.storage.heartbeat import LeaseExpired
 from ncsn.training.context import WorkerContext

@@ -31,7 +31,7 @@ from ncsn.model import build
 from ncsn.model.checkpoint import TrainedNetwork, save_network
 from ncsn.model.classes import images_of
 from ncsn.model.generate import Wish, images, level_images, score_function
-from ncsn.runs.folder import DEFAULT_ROOT, INDEX, Store
+from ncsn.runs.layout import DEFAULT_ROOT, INDEX, Store
 from ncsn.steps.address import load_guided, resolve
 
 _SAME_LEVEL = 1e-3  # difference in ln sigma

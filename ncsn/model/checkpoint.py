@@ -49,7 +49,7 @@ from ncsn.core.training import TrainState
 from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
-from ncsn.runs.folder import BEFORE_DECAY, INDEX, RESUME, checkpoint_facts, checkpoint_names, resumable
+from ncsn.runs.layout import BEFORE_DECAY, INDEX, RESUME, checkpoint_facts, checkpoint_names, resumable
 
 FORMAT_VERSION = 1
 SAMPLING_FILES = ("ema.safetensors", "moments.safetensors", "state.json", "config.yaml")

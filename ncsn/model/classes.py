@@ -34,7 +34,7 @@ class Classes:
             return int(text)
         raise UserError(key, "no such class", hint=f"use one of {_shown(self.names)}", value=text)
 
-    def asked(self, label: Mapping[str, int]) -> list[int]:
+    def counts_of(self, label: Mapping[str, int]) -> list[int]:
         """How many images of each class a label by class asks for."""
         asked = [0] * len(self.names)
         for name, count in label.items():

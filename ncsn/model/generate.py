@@ -108,7 +108,7 @@ def ranges_of(trained: TrainedNetwork, sampling: SamplingConfig, *, first: int, 
     label, ranges, start = sampling.label, list[SeedRange](), 0
     if trained.classes is None or not isinstance(label, dict):
         return [SeedRange(sampling, first, count)]
-    for name, asked in zip(trained.classes.names, trained.classes.asked(label), strict=True):
+    for name, asked in zip(trained.classes.names, trained.classes.counts_of(label), strict=True):
         low, high = max(first, start), min(first + count, start + asked)
         if low < high:
             own = sampling.model_copy(update={"label": {name: asked}})  # a class may be named `data`
@@ -193,7 +193,7 @@ def image_labels(trained: TrainedNetwork, sampling: SamplingConfig, *, first: in
         return torch.arange(first, first + count) % num_classes
     assert trained.classes is not None
     if isinstance(sampling.label, dict):
-        asked = torch.tensor(trained.classes.asked(sampling.label))
+        asked = torch.tensor(trained.classes.counts_of(sampling.label))
         return torch.arange(num_classes).repeat_interleave(asked)[first : first + count]
     if sampling.label == AS_DATA:
         ends = torch.tensor(trained.classes.counts, dtype=torch.float64).cumsum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ncsn.config.compute import LEAST_MEMORY, bytes_of
 from ncsn.config.schema import UtilityConfig
 from ncsn.config.training import AutoNoiseConfig, NoiseConfig
 from ncsn.model import build
+from ncsn.runs.steps import Work
 
 _UNIT = 2**29  # estimates are rounded up to 0.5 GiB
 _MARGIN = 1.25
@@ -28,16 +30,16 @@ _CLASSES = 1008  # of Inception; DINOv2 has none
 _GROUPS = 20 + 10 * 6  # [D, D] matrices of the Fréchet distance's jackknife: of all groups, and of ten at once
 
 
-def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> int:
-    """Bytes for one worker of a step, /dev/shm included; at least `LEAST_MEMORY`, and a quarter more than estimated.
+def worker_memory(config: Config, workers: Collection[Work], *, reference_images: int = 0) -> int:
+    """Bytes for one of the `workers` of a step, /dev/shm included: a quarter more than estimated.
 
-    Evaluate, utility, select and search need the number of `reference_images`, the training images.
+    Those that compare features or train classifiers need the number of `reference_images`, the training images.
     """
     if isinstance(config.noise, AutoNoiseConfig):
         config = config.model_copy(update={"noise": NoiseConfig()})  # the levels take next to no memory
     need = _PROCESS + (_CUDA if config.compute.use_gpu else 0.0)
-    need += 0.0 if step == "evaluate" else _network(config, step)
-    if step in ("evaluate", "select", "search"):
+    need += _network(config, workers)
+    if "features" in workers:
         # The extractor on a batch, or afterwards the metrics.
         if (kind := config.evaluation.pretrained) is None:
             need += 1e9
@@ -47,7 +49,7 @@ def worker_memory(config: Config, step: str, *, reference_images: int = 0) -> in
             samples = (_FLOAT * features + _DOUBLE * _CLASSES) * config.sampling.num_images
             metrics = 2 * _FLOAT * features * reference_images + samples + _DOUBLE * features**2 * _GROUPS
             need += max(extracting, metrics + 2 * _DOUBLE * 10_000 * (features + 2 * 1024))  # with the balls
-    if step == "utility":  # a classifier on a batch, and images of both kinds
+    if "classifiers" in workers:  # one on a batch, and images of both kinds
         made = max((config.utility or UtilityConfig()).ratios)
         need += 1e9 + (1 + made) * reference_images * config.data.pixels.num_bytes
     whole = _MARGIN * (need + _NODE) + _SHM
@@ -69,16 +71,21 @@ def kept_bytes(network: nn.Module, config: Config) -> int:
     return kept
 
 
-def _network(config: Config, step: str) -> float:
+def _network(config: Config, workers: Collection[Work]) -> float:
+    """Bytes to train the network or to sample from it, whichever is more; none for workers that do neither."""
+    training, sampling = "training" in workers, "sampling" in workers
+    if not training and not sampling:
+        return 0.0
     with torch.device("meta"):
         network = build.network(config).to("meta")
     weights = _FLOAT * sum(parameter.numel() for parameter in network.parameters())
     compute = config.compute
     if compute.use_gpu:
-        return (1 if step in ("sample", "export", "utility") else _SNAPSHOT) * weights
+        return (_SNAPSHOT if training else 1) * weights
     kept = kept_bytes(network, config)
-    sampling = weights + _SAMPLING_SHARE * kept * config.sampling.batch_size
     share = math.ceil(config.train.batch_size / compute.min_workers)
-    training = (_STATE + _SNAPSHOT + config.loss.has_teacher) * weights + kept * min(share, compute.microbatch or share)
-    by_step = {"sample": sampling, "select": sampling, "export": sampling, "utility": sampling, "train": training}
-    return by_step.get(step, max(sampling, training))
+    copies = _STATE + _SNAPSHOT + config.loss.has_teacher
+    return max(
+        (copies * weights + kept * min(share, compute.microbatch or share)) if training else 0.0,
+        (weights + _SAMPLING_SHARE * kept * config.sampling.batch_size) if sampling else 0.0,
+    )

@@ -25,7 +25,9 @@ from ncsn import storage
 from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import UserError
 from ncsn.progress import say
-from ncsn.runs.folder import ForeignRun, RunFolder, StepError, read_step, said_newest
+from ncsn.runs.layout import RunFolder, said_newest
+from ncsn.runs.record import ForeignRun, StepError, read_attempt
+from ncsn.runs.results import TrainResult
 from ncsn.storage.heartbeat import Heartbeat
 from ncsn.storage.retry import Retry, unavailable
 
@@ -106,12 +108,12 @@ class RemoteStep:
 
     def told(self) -> StepError | None:
         """Why the step failed, as its driver has recorded it."""
-        record = read_step(self.folder, self.step)
+        record = read_attempt(self.folder, self.step)
         return record.error if (record.state, record.request) == ("FAILED", self.request) else None
 
     def resumes(self) -> str:
         """What the next driver of the step does after the loss of one, as a clause."""
-        if self.step != "train":
+        if self.step != TrainResult.step:
             return f"the step {self.step} goes on with what is stored"
         return f"training resumes from {said_newest(self.folder.checkpoints)}"
 

@@ -20,7 +20,7 @@ import requests
 
 from ncsn.answer import answer
 from ncsn.config.compute import ComputeConfig
-from ncsn.environment import KFP_RUN_ID, PYTHON, RAY_VARIABLES, python_version
+from ncsn.environment import KFP_RUN_ID, RAY_VARIABLES
 from ncsn.errors import UserError
 from ncsn.progress import say
 from ncsn.remote.backend import (
@@ -38,7 +38,7 @@ from ncsn.remote.backend import (
     keep_asking,
     refuse_other_work,
 )
-from ncsn.runs.code import ray_environment
+from ncsn.runs.code import PYTHON, python_version, ray_environment
 from ncsn.storage.heartbeat import Heartbeat
 
 if TYPE_CHECKING:

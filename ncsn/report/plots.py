@@ -23,6 +23,8 @@ from matplotlib.ticker import EngFormatter, FuncFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from ncsn.report.words import arm_label
+from ncsn.runs.metrics import Estimate
+from ncsn.runs.results import UtilityResult
 
 Array = NDArray[np.float64]
 
@@ -183,23 +185,23 @@ def _short(names: Sequence[str]) -> list[str]:
 
 
 @styled
-def utility_figure(result: Mapping[str, Any]) -> Figure:
+def utility_figure(result: UtilityResult) -> Figure:
     """The result of `utility`: what each set of images reaches, and the recall of each class with and without."""
-    arms = {arm["name"]: arm for arm in result["arms"]}
-    names = [each["name"] for each in result["classes"]][:MOST_CLASSES]
+    arms = {arm.name: arm for arm in result.arms}
+    names = [each.name for each in result.classes][:MOST_CLASSES]
     figure = Figure(figsize=(8.2, 0.9 + 0.28 * max(len(arms), len(names))), layout="constrained")
     left, right = figure.subplots(1, 2)
 
-    def dots(axes: Axes, figures: Sequence[Mapping[str, float]], *, shift: float = 0, **style: Any) -> None:
-        values = [each["value"] for each in figures]
-        reach = np.abs([[each[end] - each["value"] for each in figures] for end in ("low", "high")])
+    def dots(axes: Axes, figures: Sequence[Estimate], *, shift: float = 0, **style: Any) -> None:
+        values = [each.value for each in figures]
+        reach = [[each.value - each.low for each in figures], [each.high - each.value for each in figures]]
         places = shift - np.arange(len(values))
         axes.errorbar(values, places, xerr=reach, fmt="o", markersize=4, linewidth=1.2, **style)
 
-    dots(left, [arm["balanced_accuracy"] for arm in arms.values()], color=PALETTE[0])
+    dots(left, [arm.balanced_accuracy for arm in arms.values()], color=PALETTE[0])
     left.set(yticks=-np.arange(len(arms)), yticklabels=[*map(arm_label, arms)], title="balanced accuracy %")
-    for name, color, shift in (("augmented", INK, 0.14), (result["chosen"][0], PALETTE[1], -0.14)):
-        dots(right, arms[name]["recalls"][: len(names)], shift=shift, color=color, label=arm_label(name))
+    for name, color, shift in (("augmented", INK, 0.14), (result.chosen[0], PALETTE[1], -0.14)):
+        dots(right, arms[name].recalls[: len(names)], shift=shift, color=color, label=arm_label(name))
     right.set_yticks(-np.arange(len(names)), _short(names), parse_math=False)
     right.set(title="recall by class %")
     figure.legend(loc="outside lower right", ncols=2)  # a free place inside counts no intervals

@@ -11,115 +11,34 @@ import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from ncsn.config import Config, continues, from_yaml, to_yaml
 from ncsn.config.schema import DataConfig
 from ncsn.data.format import Manifest
 from ncsn.errors import UserError
-from ncsn.evaluation import VERSUS, with_interval
 from ncsn.evaluation.copies import Copies
-from ncsn.runs.folder import Cost, RunFolder, addresses, images_seen_at, read_step, state_to_continue, total_cost
+from ncsn.runs.layout import RunFolder, addresses, images_seen_at
+from ncsn.runs.metrics import (
+    GRADES,
+    INTERVAL,
+    MEANINGS,
+    UTILITY,
+    Estimate,
+    Meaning,
+    Reading,
+    read_metrics,
+    shown_reading,
+    with_interval,
+)
+from ncsn.runs.record import Cost, read_result, total_cost
+from ncsn.runs.results import Arm, SampleResult, TrainResult
+from ncsn.runs.run import state_to_continue
 
-REAL = "eval/real_"
-GENERATED = "eval/"
 LEAST_SLOWDOWN = 1.25  # that is told
-ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
-
-
-class Meaning(NamedTuple):
-    """What a metric says."""
-
-    label: str
-    text: str
-    better: Literal["higher", "lower", ""]
-
-
-# In the order in which they are shown.
-MEANINGS: Mapping[str, Meaning] = {
-    "excess": Meaning(
-        "Distance beyond real images",
-        "By how much the kernel distance of these images exceeds that of real images the model has not seen: 0 % would "
-        "be as good as real, 100 % is noise with the mean and covariance of the training pixels.",
-        "lower",
-    ),
-    "score": Meaning(
-        "Score",
-        "The Inception Score formula: high when each image clearly shows one class and all classes occur. Ranges from "
-        "1 to the number of classes.",
-        "higher",
-    ),
-    "fid": Meaning(
-        "Fréchet distance",
-        "Distance between the features of these images and those of {reference}. Fewer images give a larger value.",
-        "lower",
-    ),
-    "class_agreement": Meaning("Class agreement", "Share of the images classified as the requested class.", "higher"),
-    "precision": Meaning(
-        "Precision", "Share of these images whose features fall among those of the real images.", "higher"
-    ),
-    "recall": Meaning("Recall", "Share of the real images whose features fall among those of these images.", "higher"),
-    "copies": Meaning("Copies", "Share of these images nearer to a training image than unseen images are.", "lower"),
-    "closeness": Meaning("Closeness", "Share nearer to a training image than to any test image.", "lower"),
-    "kid": Meaning(
-        "Kernel distance",
-        "Distance to {reference} that does not depend on the number of images. It averages zero for real images.",
-        "lower",
-    ),
-    "density": Meaning(
-        "Density",
-        "How densely real images surround these in feature space; about 1 for real images. Like precision, but less "
-        "sensitive to outliers.",
-        "higher",
-    ),
-    "coverage": Meaning(
-        "Coverage",
-        "Share of the real images that have one of these images nearby in feature space. Like recall, but less "
-        "sensitive to outliers.",
-        "higher",
-    ),
-    "class_kid": Meaning("Kernel distance by class", "Its mean over the classes, each to its own images.", "lower"),
-    "class_tv": Meaning(
-        "Class imbalance",
-        "Total variation distance between the class frequencies here and in {reference}, from 0 to 1.",
-        "lower",
-    ),
-    "confidence": Meaning("Confidence", "Mean probability of the most likely class of an image.", "higher"),
-}
-# The page folds the others.
+# Metrics that the page of a run shows at once; it folds the others.
 MAIN = ("excess", "score", "fid", "class_agreement", "precision", "recall", "copies", "closeness")
-INTERVAL = ("_low", "_high")  # after the name of a distance: its 95 % interval
-# Longest first, because `fid_low` also ends like `low` would.
-_KNOWN = sorted((f"{metric}{end}" for metric in MEANINGS for end in ("", "_std", *INTERVAL)), key=len, reverse=True)
-
-
-class Reading(NamedTuple):
-    """A metric, read from its name: `eval/classifier_fid_n512` is the fid of 512 images by the classifier."""
-
-    name: str
-    extractor: str
-    num_images: int
-    value: float
-    split: str = "train"  # of the images that it compares with
-
-
-def read_metrics(metrics: Mapping[str, float]) -> dict[str, Reading]:
-    """The metrics named `eval/[real_]<extractor>_<metric>_n<count>`, by `<metric>`; others are left out.
-
-    Of a metric of several numbers of images this is that of the fewest, which is known of real images too.
-    """
-    readings = dict[str, Reading]()
-    for name, value in metrics.items():
-        stem, _, count = name.removeprefix(REAL).removeprefix(GENERATED).rpartition("_n")
-        metric = next((known for known in _KNOWN if f"_{stem}".endswith(f"_{known}")), None)
-        if (
-            metric is not None
-            and count.isdigit()
-            and (metric not in readings or int(count) < readings[metric].num_images)
-        ):
-            extractor, _, split = stem.removesuffix(metric).removesuffix("_").partition(VERSUS)
-            readings[metric] = Reading(name, extractor, int(count), float(value), split or "train")
-    return readings
+ENOUGH_IMAGES = 10_000  # for a Fréchet distance to compare models of different diversity
 
 
 class Score(NamedTuple):
@@ -157,21 +76,11 @@ class Score(NamedTuple):
         }
 
 
-def shown_reading(metric: str, readings: Mapping[str, Reading]) -> str:
-    """`14.2 (11.9 to 17.0)`; empty without a value."""
-    if metric not in readings:
-        return ""
-    value, *ends = (readings[name].value for end in ("", *INTERVAL) if (name := metric + end) in readings)
-    if metric == "excess":
-        return with_interval(*(100 * each for each in (value, *ends))) + " %"
-    return with_interval(value, *ends) if ends else f"{value:.4g}"
-
-
 SCORES_HEAD = ("score", "generated", "real images")  # of a table of name, text and real text of each
 
 
 def score_rows(evaluation: Mapping[str, Any]) -> list[Score]:
-    """A row for each metric with a meaning, from the result of an evaluation."""
+    """A row for each metric of an evaluation."""
     generated, real = read_metrics(evaluation["metrics"]), read_metrics(evaluation["real_metrics"])
     rows = []
     for metric, meaning in MEANINGS.items():
@@ -191,13 +100,6 @@ def reference_images(split: str) -> str:
     return "the training images" if split == "train" else f"the {split} images"
 
 
-GRADES = {
-    "close": "close to real",
-    "short": "not yet close to real: train longer",
-    "far": "far from real: train longer or add images",
-    "unsure": "unsure: too few test images to tell how close to real",
-    "copied": "copies of training images: add images or train shorter",
-}
 # Shares of the distance of noise with the mean and covariance of the training pixels: see docs/evaluation.md.
 CLOSE, FAR = 0.05, 0.1
 
@@ -255,43 +157,34 @@ def arm_label(name: str) -> str:
 ARMS_HEAD = ("trained on", "real", "generated", "balanced accuracy %", "accuracy %", "macro F1 %")
 
 
-def arm_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def arm_lines(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
     """Text for each set of images of the result of `utility`."""
-    lines = list[tuple[str, ...]]()
-    for arm in arms:
-        figures = (with_interval(**arm[each]) for each in ("balanced_accuracy", "accuracy", "macro_f1"))
-        lines.append((arm_label(arm["name"]), f"{arm['real']:,}", f"{arm['generated']:,}", *figures))
-    return lines
+    return [
+        (
+            arm_label(arm.name),
+            f"{arm.real:,}",
+            f"{arm.generated:,}",
+            str(arm.balanced_accuracy),
+            str(arm.accuracy),
+            str(arm.macro_f1),
+        )
+        for arm in arms
+    ]
 
 
-UTILITY = {
-    "helps": "help",
-    "harms": "harm",
-    "same": "make no difference that could be seen",
-    "copies": "were not judged: every one that was made copies a training image",
-}
-
-
-def shown_gain(gain: Mapping[str, float]) -> str:
-    """`+2.1 (0.9 to 3.3)`."""
-    return f"{'+' if gain['value'] > 0 else ''}{with_interval(**gain)}"
-
-
-def utility_sentence(
-    grade: str, gain: Mapping[str, float], named: Mapping[str, Mapping[str, float]], *, used: int, wanted: int
-) -> str:
+def utility_sentence(grade: str, gain: Estimate, named: Mapping[str, Estimate], *, used: int, wanted: int) -> str:
     """What a comparison of classifiers says of generated images; `named` are the gains of classes that changed.
 
     Of the images `wanted` for the largest ratio, `used` are no copies.
     """
     if grade == "copies":
         return f"Generated images {UTILITY[grade]}"
-    least = f"{max(-gain['low'], gain['high']):.2g}".replace("1e+02", "100")
+    least = f"{max(-gain.low, gain.high):.2g}".replace("1e+02", "100")
     none = f"no difference of {least} points or more, the least that could be seen here"
-    value, _, ends = shown_gain(gain).partition(" ")
+    value, _, ends = gain.signed.partition(" ")
     verdict = none if grade == "same" else f"they {UTILITY[grade]}"
     text = f"{value} points of balanced accuracy over augmentation alone {ends}: {verdict}"
-    if changed := [f"{name} ({round(each['value'], 1):+g})" for name, each in named.items()]:
+    if changed := [f"{name} ({round(each.value, 1):+g})" for name, each in named.items()]:
         text += f"; changed most: class {', '.join(changed[:3])}"
     if used < wanted:
         text += f"; {wanted - used:,} of {wanted:,} could not be added, since they copy training images"
@@ -303,7 +196,9 @@ def next_step(grade: str, config: Config, folder: RunFolder) -> tuple[str, str]:
     length, again = config.train.num_images, folder.options(config)
     new = " ".join([f"ncsn run --config {shlex.quote(folder.config)}", *addresses(config)])
     fresh = f"{new} --set train.continue_from=null" if config.train.continue_from else new
-    longest = max(length, seen := read_step(folder, "train").result.get("images_seen", length))
+    trained = read_result(folder, TrainResult)
+    seen = length if trained is None else trained.images_seen
+    longest = max(length, seen)
     if grade == "close":
         return f"ncsn sample {again} --set sampling.seed={config.sampling.seed + 1}", "other images"
     if grade == "copied":
@@ -443,12 +338,9 @@ def cost_facts(spent: Mapping[str, Cost], *, num_images: int) -> Iterator[Fact]:
         return
     # The times of the steps above are those of their last attempt, without its startup.
     yield Fact("Reserved, with startup and earlier attempts", cost_line(spent.values()))
-    if "sample" in spent and num_images:
-        scaled = Cost(*(1000 / num_images * amount for amount in spent["sample"]))
+    if SampleResult.step in spent and num_images:
+        scaled = Cost(*(1000 / num_images * amount for amount in spent[SampleResult.step]))
         yield Fact("Per 1,000 images", cost_line([scaled]))
-
-
-DIGEST_SHOWN = 12
 
 
 # The other tags are versions of packages, or for MLflow alone.

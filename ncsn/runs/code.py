@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -33,8 +34,10 @@ from packaging.requirements import Requirement
 from ncsn import storage
 from ncsn.environment import CODE, KFP_RUN_ID
 from ncsn.errors import Problem, UserError
-from ncsn.runs.folder import RunFolder, StepError, Store, update_step
+from ncsn.runs.layout import RunFolder, Store
+from ncsn.runs.record import StepError, update_attempt
 
+PYTHON = "ncsn.python"  # key of the launcher's Python version in the metadata of a Ray job
 PACKAGES = ("ncsn", "components", "pipelines")
 
 _PACKAGE = Path(__file__).parents[1]
@@ -96,6 +99,27 @@ def _become(command: list[str], uri: str) -> NoReturn:
     os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": path, CODE: uri})  # noqa: S606
 
 
+def job_config() -> dict[str, Any]:
+    """Ray's JSON about the Ray job that this process drives; empty for other processes."""
+    found: dict[str, Any] = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return found
+
+
+def python_version() -> str:
+    """Python's version as it must be the same for a launcher and its cluster."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def require_same_python() -> None:
+    """Raise `UserError` if the launcher of this Ray job has another Python."""
+    # Ray does not check it, and fails later where something cannot be unpickled.
+    here = python_version()
+    there = job_config().get("metadata", {}).get(PYTHON, here)
+    if there != here:
+        hint = "use one image or environment for both; `ncsn doctor` shows the launcher's"
+        raise UserError("Python", f"the cluster has {here}, but the launcher {there}", hint=hint)
+
+
 def main() -> None:
     """`python -m ncsn.runs.code URI COMMAND...`: become the command of a RayJob's driver, with the archive's code."""
     uri, *command = sys.argv[1:]
@@ -106,7 +130,7 @@ def main() -> None:
         root, _, run, _, step, _, request = command[-1].rsplit("/", 6)  # the lease is in the step's folder
         # The launcher reads it there, and lets nobody try again.
         record = StepError(type(error).__name__, str(error), error.problems, os.environ.get(KFP_RUN_ID, ""))
-        update_step(RunFolder(root, run), step, state="FAILED", error=record, request=request)
+        update_attempt(RunFolder(root, run), step, state="FAILED", error=record, request=request)
         sys.exit(2)
 
 

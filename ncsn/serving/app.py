@@ -34,10 +34,10 @@ from ncsn.distributed.cluster import LOOPBACK, is_own, ray_cluster
 from ncsn.errors import UserError
 from ncsn.model.build import tune_cuda
 from ncsn.model.generate import generate_joined
-from ncsn.runs.folder import DEFAULT_ROOT
-from ncsn.serving import PROXY, asked
+from ncsn.runs.layout import DEFAULT_ROOT
+from ncsn.serving import PROXY, image_requests
 from ncsn.serving.batches import Batches, Busy
-from ncsn.steps.address import Place, load_guided, resolve
+from ncsn.steps.address import NamedModel, load_guided, resolve
 from ncsn.tracking.client import one_line
 
 NAME = "ncsn"
@@ -83,7 +83,7 @@ class Replica:
         self._batches = Batches(self._make)
         threading.Thread(target=self._follow, name="follow", daemon=True).start()
 
-    def _load(self, place: Place) -> tuple[str, Any]:
+    def _load(self, place: NamedModel) -> tuple[str, Any]:
         with ThreadPoolExecutor(1) as ends:  # and with it its threads of OpenMP, see `Batches`
             return place.name, ends.submit(load_guided, place, device=self._device).result()
 
@@ -111,16 +111,16 @@ class Replica:
             except Exception as error:  # noqa: BLE001 - the version that is loaded goes on
                 _logger.warning("%s stays: %s", name, one_line(error))
 
-    async def sample(self, wanted: asked.Asked) -> tuple[int, str, bytes]:
+    async def sample(self, wanted: image_requests.ImageRequest) -> tuple[int, str, bytes]:
         """HTTP status, the version, and the file or a line that says what is wrong."""
         name, trained = self._served
         try:
-            sampling = asked.settings(trained, wanted)
-            evaluations = asked.evaluations(trained, sampling, wanted.count)
+            sampling = image_requests.settings(trained, wanted)
+            evaluations = image_requests.evaluations(trained, sampling, wanted.count)
             images = await self._batches.images(trained, sampling, wanted.count, evaluations)
             self._images.inc(wanted.count, {"model": name})  # another version may be served by now
             limits = trained.config.data.pixels.limits
-            return 200, name, await asyncio.to_thread(asked.answer, images, wanted.format, limits=limits)
+            return 200, name, await asyncio.to_thread(image_requests.answer, images, wanted.format, limits=limits)
         except UserError as error:
             return 400, name, _line(error)
         except Busy as busy:
@@ -132,8 +132,14 @@ class Replica:
         classes = [] if trained.classes is None else trained.classes.names
         guided = False
         with suppress(UserError):
-            guided = bool(asked.settings(trained, asked.Asked(guidance=2.0)))
-        return {"status": "ok", "model": name, "classes": classes, "guided": guided, "most_images": asked.MOST_IMAGES}
+            guided = bool(image_requests.settings(trained, image_requests.ImageRequest(guidance=2.0)))
+        return {
+            "status": "ok",
+            "model": name,
+            "classes": classes,
+            "guided": guided,
+            "most_images": image_requests.MOST_IMAGES,
+        }
 
 
 class Front:
@@ -162,7 +168,7 @@ class Front:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
             return PlainTextResponse("Content-Type must be application/json\n", 415)
         try:
-            wanted = asked.read(await request.body())
+            wanted = image_requests.read(await request.body())
         except ClientDisconnect:
             return Response(status_code=408)  # to nobody
         except UserError as error:
@@ -174,7 +180,7 @@ class Front:
             status, model, content = await self._ask("sample", wanted)
         finally:
             self._asking -= 1
-        media = asked.MEDIA[wanted.format] if status == 200 else "text/plain"
+        media = image_requests.MEDIA[wanted.format] if status == 200 else "text/plain"
         return Response(content, status, {"X-NCSN-Model": model}, media_type=media)
 
     async def end(self) -> None:
@@ -221,7 +227,7 @@ def application(
     return front.bind(samplers.bind(address, root, registry))
 
 
-def run(place: Place, *, port: int, replicas: int, ready: Callable[[], object]) -> None:
+def run(place: NamedModel, *, port: int, replicas: int, ready: Callable[[], object]) -> None:
     """Serve a trained network on loopback until SIGINT or SIGTERM; `ready` is called when it answers.
 
     Each replica has its share of this machine's processors, and a GPU if there are enough.

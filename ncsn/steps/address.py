@@ -23,20 +23,11 @@ from ncsn.config.load import ADDRESSES, EXAMPLES, NOT_OF_MODELS
 from ncsn.config.schema import SCHEME
 from ncsn.data.format import MANIFEST, load_manifest
 from ncsn.data.sources.base import source_fingerprint
-from ncsn.environment import utc_now
 from ncsn.errors import UserError, shown_value
-from ncsn.runs.folder import (
-    INDEX,
-    RUN_PATTERN,
-    RunFolder,
-    Store,
-    checkpoint_facts,
-    find_inputs,
-    folders_of,
-    opened_from,
-    read_step,
-    update_step,
-)
+from ncsn.runs.layout import INDEX, RUN_PATTERN, RunFolder, Store, checkpoint_facts
+from ncsn.runs.record import folders_of, read_finished, version_of, write_result
+from ncsn.runs.results import RegisterResult, SampleResult, TrainResult
+from ncsn.runs.run import find_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +40,7 @@ _HINT = "use models:/NAME@ALIAS, the name of a run, or the folder of a run, a ch
 
 
 @dataclass(frozen=True)
-class Place:
+class NamedModel:
     """What an address names."""
 
     key: str  # the setting or argument that has the address
@@ -67,13 +58,13 @@ class Place:
             return self.uri
         assert self.run is not None
         config = from_yaml(storage.read_text(self.run.config), origin=self.run.config, without=ADDRESSES)
-        trained = folders_of(self.run, config)["sample"]
-        if not read_step(trained, "train").result:
+        trained = folders_of(self.run, config)[SampleResult.step]
+        if read_finished(trained, TrainResult.step) is None:
             hint = f"train it first, with `ncsn run {self.run.options(config)}`"
             raise UserError(self.key, f"run {trained.run!r} has no trained network yet", hint=hint, value=self.address)
-        return find_inputs(trained, "sample", {})["checkpoint"]
+        return find_inputs(trained, SampleResult.step, {})["checkpoint"]
 
-    def opened(self) -> RunFolder | None:
+    def as_run(self) -> RunFolder | None:
         """The run; None of a checkpoint in no run. That of a version is made once and named after it."""
         if self.version is None:
             return self.run
@@ -81,8 +72,8 @@ class Place:
         words = re.sub(r"[^a-z0-9]+", "-", f"{version.name}-{version.version}".lower())[:50].strip("-")
         # Versions of this name in two registries are two runs, unless they are the same.
         folder = RunFolder(self.root, f"{words}-{version.tags['ncsn.model'][:8]}")
-        if read_step(folder, "train").result:
-            if opened_from(folder) != self.name:
+        if read_finished(folder, TrainResult.step) is not None:
+            if version_of(folder) != self.name:
                 reason = f"would be opened as the run {folder.run!r}, which is another"
                 raise UserError(self.key, reason, value=self.address)
             return folder
@@ -97,17 +88,23 @@ class Place:
                 shutil.copytree(files, copy, dirs_exist_ok=True)
         storage.publish_once(folder.config, to_yaml(config).encode())
         dataset = storage.join(Store(self.root).datasets, config.data.source, facts["dataset_digest"])
-        done = {"state": "FINISHED", "finished_at": utc_now()}
         if storage.exists(storage.join(dataset, MANIFEST)):  # else `ncsn ingest` makes it again
-            manifest = load_manifest(dataset)
-            found = {"uri": dataset, "digest": manifest.digest, "counts": dict(manifest.counts), "created": False}
-            found |= {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
+            from ncsn.steps.ingest import ingested
+
             read = {"data": config.data.model_dump(mode="json"), "files": source_fingerprint(config.data)}
-            update_step(folder, "ingest", inputs=read, result=found, **done)
-        trained = {"checkpoint": checkpoint, "images_seen": seen, "loss": None}
-        trained |= {"images_per_second": 0.0, "seconds": 0.0, "dataset": dataset}
-        inputs = {"model": self.name, "utility": version.tags.get("ncsn.utility", "")}
-        update_step(folder, "train", inputs=inputs, result=trained, **done)
+            write_result(folder, ingested(dataset, load_manifest(dataset), created=False), key=read)
+        registered = RegisterResult(
+            model=version.name,
+            version=str(version.version),
+            aliases=[],
+            promoted=False,
+            reason="opened from the registry",
+            uri=self.name,
+            utility=version.tags.get("ncsn.utility", ""),
+        )
+        write_result(folder, registered, key={"model": self.name})
+        trained = TrainResult(checkpoint, seen, loss=None, images_per_second=0.0, seconds=0.0, dataset=dataset)
+        write_result(folder, trained, key={"model": self.name})
         return folder
 
     @property
@@ -123,7 +120,7 @@ class Place:
         return str(storage.read_json(storage.join(self.checkpoint, INDEX))["sha256"]["ema.safetensors"][:16])
 
 
-def resolve(address: str, *, key: str, root: str, registry: str | None = None) -> Place:
+def resolve(address: str, *, key: str, root: str, registry: str | None = None) -> NamedModel:
     """What an address names in a store and a registry; `UserError` at `key` if there is nothing."""
     root = storage.absolute(root)
     try:
@@ -142,7 +139,7 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
             for tag in _TAGS:  # which become names of folders
                 if not storage.DIGEST.fullmatch(given := version.tags.get(tag, "")):
                     raise UserError(address, f"no version of `ncsn register`: its tag {tag} is {shown_value(given)}")
-            return Place(key, address, root, registry, version=version)
+            return NamedModel(key, address, root, registry, version=version)
         uri = storage.absolute(address)
     except UserError as error:
         (problem, *_) = error.problems
@@ -153,10 +150,10 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
         # Not of a trial, whose settings are others.
         own = owner and uri.startswith((f"{owner.checkpoints}/", f"{owner.selected}/"))
         run = owner if own and owner and storage.exists(owner.config) else None
-        return Place(key, uri, root, registry, run=run, uri=uri)
+        return NamedModel(key, uri, root, registry, run=run, uri=uri)
     run = owner if owner is not None and owner.uri == uri else named
     if run is not None and storage.exists(run.config):
-        return Place(key, run.uri, root, registry, run=run)
+        return NamedModel(key, run.uri, root, registry, run=run)
     reason, hint = f"no run, checkpoint or saved model is at {uri}", _HINT
     if named is not None:
         reason += f", and no run of this name in {root}"
@@ -165,7 +162,7 @@ def resolve(address: str, *, key: str, root: str, registry: str | None = None) -
     raise UserError(key, reason, hint=hint, value=address)
 
 
-def _fetch(place: Place, into: Path) -> Path:
+def _fetch(place: NamedModel, into: Path) -> Path:
     """Download the checkpoint of a version into an existing folder."""
     from ncsn.tracking.client import server_uri
     from ncsn.tracking.promotion import fetch_files
@@ -177,7 +174,7 @@ def _fetch(place: Place, into: Path) -> Path:
         raise UserError(place.key, problem.reason, hint=problem.hint, value=place.address) from error
 
 
-def load_guided(place: Place, *, device: str | torch.device) -> TrainedNetwork:
+def load_guided(place: NamedModel, *, device: str | torch.device) -> TrainedNetwork:
     """The trained network with the one that guides it by its config, if that is there."""
     trained = load(place, device=device)
     guidance = trained.config.sampling.guidance
@@ -188,7 +185,7 @@ def load_guided(place: Place, *, device: str | torch.device) -> TrainedNetwork:
     return trained
 
 
-def load(place: Place, *, device: str | torch.device = "cpu") -> TrainedNetwork:
+def load(place: NamedModel, *, device: str | torch.device = "cpu") -> TrainedNetwork:
     """The trained network; `UserError` if its files are missing, damaged or of another version of this program."""
     from ncsn.model.checkpoint import load_checkpoint
 
@@ -203,7 +200,14 @@ def load(place: Place, *, device: str | torch.device = "cpu") -> TrainedNetwork:
         raise UserError(place.key, f"cannot be read: {error}", value=place.address) from error
 
 
-def keep(place: Place, uri: str) -> None:
+def start_place(config: Config) -> NamedModel:
+    """What `train.init_from` names; with `train.continue_from` the copy that the other run has."""
+    other = config.train.continue_from
+    address = RunFolder(config.storage.root, other).start if other else str(config.train.init_from)
+    return resolve(address, key="train.init_from", root=config.storage.root, registry=config.tracking.uri)
+
+
+def keep(place: NamedModel, uri: str) -> None:
     """Keep a copy at `uri` in the store, which a job elsewhere finds, and a store that was moved still has."""
     from ncsn.model.checkpoint import save_network
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from ncsn import storage
 from ncsn.config import Config, overrides_between, to_json
@@ -17,16 +18,25 @@ from ncsn.errors import UserError
 from ncsn.progress import say
 from ncsn.remote import open_backend
 from ncsn.remote.backend import EndedByOther, RemoteFailure, RemoteLost, RemoteStep
-from ncsn.runs.folder import Run, read_step
-from ncsn.steps.results import Key, stored_result
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import Finished, read_attempt, read_finished
+from ncsn.runs.run import Run
+from ncsn.runs.steps import STEP_TABLE
 
 MOST_STARTS = 10  # of a driver that gives its launcher up
 
 
 def do_elsewhere(
-    step: str, run: Run, config: Config, inputs: Mapping[str, str], key: Key, begin: Callable[..., None]
-) -> None:
-    """Run the step where `compute.backend` says, until its result for this key is in the store.
+    step: str,
+    run: Run,
+    config: Config,
+    inputs: Mapping[str, str],
+    key: Mapping[str, Any] | None,
+    begin: Callable[..., None],
+) -> Any:
+    """Run the step where `compute.backend` says, until its result for this key is in the store, and return it.
+
+    The key is None where only the driver of the step knows it.
 
     The cluster runs the command of the step with these inputs, with the local backend and the same store. `begin`
     writes the record once a job does the request, and not if one with other inputs is in the way.
@@ -37,28 +47,38 @@ def do_elsewhere(
     assert backend is not None
     backend.connect()  # before the store is changed
     for _ in range(MOST_STARTS):
-        accepted = partial(begin, remote.request, read_step(folder, step))
+        accepted = partial(begin, remote.request, read_attempt(folder, step))
         try:
             backend.execute(remote, accepted)
         except RemoteFailure as failure:
             if (told := remote.told()) and told.problems:
                 raise UserError.of(told.problems) from failure
-            if isinstance(failure, RemoteLost) and stored_result(folder, step, key):
+            if isinstance(failure, RemoteLost) and _stored(folder, step, key):
                 break
             if not isinstance(failure, EndedByOther):
                 raise
             say(f"{failure}; this run goes on: the step {step} starts again where it was")
             continue
-        if read_step(folder, step).state != "KILLED":
+        if read_attempt(folder, step).state != "KILLED":
             break
         # The store was away from here for longer than the lease, and the driver gave this process up.
         say(f"the step {step} ended without this launcher; it starts again where it was")
-    if not stored_result(folder, step, key):
+    if (finished := _stored(folder, step, key)) is None:
         where = "compute.kuberay.image" if config.compute.backend == "kuberay" else "the cluster"
         raise RuntimeError(
             f"step {step} ended on the cluster without a result for these inputs in {folder.step(step, '')}; "
             f"does {where} have this version of ncsn, and does the cluster reach this store?"
         )
+    return finished.result
+
+
+def _stored(folder: RunFolder, step: str, key: Mapping[str, Any] | None) -> Finished | None:
+    """The stored result of this key; where it is not known, that of the last attempt."""
+    finished = read_finished(folder, step)
+    if finished is None:
+        return None
+    ours = read_attempt(folder, step).state == "FINISHED" if key is None else finished.key == key
+    return finished if ours else None
 
 
 def remote_step(step: str, run: Run, config: Config, inputs: Mapping[str, str]) -> RemoteStep:
@@ -95,6 +115,6 @@ def _sized(config: Config, step: str, inputs: Mapping[str, str]) -> Config:
         from ncsn.model.memory import worker_memory
 
         images = load_manifest(inputs["dataset"]).count("train") if "dataset" in inputs else 0
-        size = f"{worker_memory(config, step, reference_images=images) // 2**20}Mi"
+        size = f"{worker_memory(config, STEP_TABLE[step].workers, reference_images=images) // 2**20}Mi"
     kuberay = compute.kuberay.model_copy(update={"memory_per_worker": size})
     return config.model_copy(update={"compute": compute.model_copy(update={"kuberay": kuberay})})

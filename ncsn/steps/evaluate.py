@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +20,17 @@ from ncsn.evaluation import evaluation_of, extractor_name
 from ncsn.evaluation.audit import audit
 from ncsn.evaluation.features import Runner, SplitSet, here
 from ncsn.evaluation.frechet import RunningScore
-from ncsn.evaluation.measure import Measured, measure_sets, metric_name
+from ncsn.evaluation.measure import Measured, measure_sets
 from ncsn.evaluation.reference import images_to_prepare, open_evaluator
 from ncsn.model.classes import require_same_classes
 from ncsn.progress import Progress
 from ncsn.report.images import neighbors_png
 from ncsn.report.plots import confusion_matrix, to_png
 from ncsn.report.words import few_samples, verdict_of
-from ncsn.runs.folder import Run
-from ncsn.steps.results import Context, EvaluateResult, Prepared
+from ncsn.runs.metrics import metric_name
+from ncsn.runs.results import EvaluateResult
+from ncsn.runs.run import Run
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.steps.sample import grid_of
 from ncsn.tracking.gate import Measurement
 from ncsn.tracking.mlflow_runs import NOTE
@@ -41,52 +42,64 @@ MOST_CLASSES = 100  # with metrics of their own in MLflow
 FEW_IMAGES = 1024  # up to here a second GPU saves less time than starting Ray takes
 
 
-def prepare(run: Run, *, samples: str, dataset: str) -> Prepared[EvaluateResult]:
+def prepare(run: Run, *, samples: str, dataset: str) -> Evaluate:
     """The first `config.sampling.num_images` images of a folder of samples, and how they are measured."""
     config, samples, dataset = run.config, storage.absolute(samples), storage.absolute(dataset)
     manifest = load_manifest(dataset)
     if not storage.exists(samples):
         raise NotFound(samples, "no samples", hint="run `ncsn sample` first")
     evaluation = evaluation_of(config, manifest)
-    places = {"samples": samples, "dataset": dataset}
-    settings = {"num_images": config.sampling.num_images, "evaluation": evaluation.model_dump(mode="json")}
-    work = partial(measure, config, manifest, evaluation.extractor, places)
-    return Prepared(config, places | settings, work, lambda result: [result.uri, result.neighbors])
+    key = {
+        "samples": samples,
+        "dataset": dataset,
+        "num_images": config.sampling.num_images,
+        "evaluation": evaluation.model_dump(mode="json"),
+    }
+    return Evaluate(config, key, manifest, evaluation.extractor, samples, dataset)
 
 
-def measure(
-    config: Config, manifest: Manifest, wanted: str, places: Mapping[str, str], context: Context
-) -> EvaluateResult:
+@dataclass(frozen=True)
+class Evaluate(Prepared[EvaluateResult]):
     """`evaluate` on the machines that are worth it, with its figures in MLflow."""
-    progress, tracked, lease = context.progress, context.tracked, context.lease
-    on_cluster = lease is not None or not on_this_machine()  # whose head, where this process may be, has no cores
-    # Here, only several GPUs make it worth starting Ray: a single process has all cores.
-    images = max(manifest.count("train"), config.sampling.num_images)
-    on_gpus = config.compute.use_gpu and config.compute.max_workers > 1 and images > FEW_IMAGES
-    with cluster_for(config, start=on_gpus, join=on_cluster, last_lines=context.last_lines):
-        tracked.set_tags(ray_tags())
-        if wanted == "dinov2" and not config.compute.use_gpu:
-            progress.note("DINOv2 takes about two seconds per image and core without a GPU")
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=places["dataset"], context="evaluation")
-        runner = runner_of(config.compute) if on_cluster or on_gpus else here
-        result = evaluate(config, **places, folder=context.folder.evaluation, progress=progress, runner=runner)
-    progress.note(str(RunningScore(**result.running[-1])))
-    for each in (tracked, tracked.parent):
-        each.log_metrics({**result.metrics, **result.real_metrics})
-    tracked.parent.set_tags({NOTE: result.verdict, "eval.verdict": result.grade})
-    extractor, by_class = extractor_name(config, manifest), {}
-    for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
-        for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
-            full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
-            by_class[f"{full}/{class_slug(number, manifest.class_names)}"] = line[metric]
-    tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
-    for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
-        tracked.log_file(uri)
-    for score in (RunningScore(**point) for point in result.running):
-        tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
-    facts = {"eval.fingerprint": result.fingerprint, "samples.uri": places["samples"], "evaluation.uri": result.uri}
-    tracked.set_tags(facts)
-    return result
+
+    manifest: Manifest
+    wanted: str  # extractor
+    samples: str  # URI of their folder
+    dataset: str  # URI
+
+    def work(self, context: Context) -> EvaluateResult:
+        progress, tracked, lease = context.progress, context.tracked, context.lease
+        on_cluster = lease is not None or not on_this_machine()  # whose head, where this process may be, has no cores
+        # Here, only several GPUs make it worth starting Ray: a single process has all cores.
+        images = max(self.manifest.count("train"), self.config.sampling.num_images)
+        on_gpus = self.config.compute.use_gpu and self.config.compute.max_workers > 1 and images > FEW_IMAGES
+        with cluster_for(self.config, start=on_gpus, join=on_cluster, last_lines=context.last_lines):
+            tracked.set_tags(ray_tags())
+            if self.wanted == "dinov2" and not self.config.compute.use_gpu:
+                progress.note("DINOv2 takes about two seconds per image and core without a GPU")
+            tracked.log_dataset(self.manifest.name, digest=self.manifest.digest, uri=self.dataset, context="evaluation")
+            runner = runner_of(self.config.compute) if on_cluster or on_gpus else here
+            folder = context.folder.evaluation
+            result = evaluate(
+                self.config, samples=self.samples, dataset=self.dataset, folder=folder, progress=progress, runner=runner
+            )
+        progress.note(str(RunningScore(**result.running[-1])))
+        for each in (tracked, tracked.parent):
+            each.log_metrics({**result.metrics, **result.real_metrics})
+        tracked.parent.set_tags({NOTE: result.verdict, "eval.verdict": result.grade})
+        extractor, by_class = extractor_name(self.config, self.manifest), {}
+        for number, line in enumerate(result.classes["table"][:MOST_CLASSES] if result.classes else []):
+            for metric in ("agreement", "kid"):  # `eval/classifier_class_agreement_n51/3-dress`
+                full = metric_name(f"class_{metric}", extractor=extractor, num_images=line["num_images"])
+                by_class[f"{full}/{class_slug(number, self.manifest.class_names)}"] = line[metric]
+        tracked.log_metrics({name: value for name, value in by_class.items() if value is not None})
+        for uri in filter(None, (result.uri, result.real_images, result.neighbors, result.confusion)):
+            tracked.log_file(uri)
+        for score in (RunningScore(**point) for point in result.running):
+            tracked.log_metrics(score.named("eval", extractor=extractor), step=score.num_images)
+        facts = {"eval.fingerprint": result.fingerprint, "samples.uri": self.samples, "evaluation.uri": result.uri}
+        tracked.set_tags(facts)
+        return result
 
 
 def evaluate(

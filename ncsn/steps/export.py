@@ -10,10 +10,9 @@ import importlib.metadata
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ncsn import storage
+from ncsn.clock import utc_now
 from ncsn.config import Config
 from ncsn.config.load import from_yaml
 from ncsn.config.schema import MOST_IMAGES
@@ -32,9 +32,8 @@ from ncsn.data.training_images import open_cache
 from ncsn.distributed.cluster import cluster_for, ray_tags
 from ncsn.distributed.ray_calls import runner_of
 from ncsn.distributed.sampling import make_shards, plan_shards
-from ncsn.environment import utc_now
 from ncsn.errors import UserError
-from ncsn.evaluation import DEVIATIONS, with_interval
+from ncsn.evaluation import DEVIATIONS
 from ncsn.evaluation.audit import audit
 from ncsn.evaluation.copies import Copies, interval
 from ncsn.evaluation.features import extract_set
@@ -46,10 +45,14 @@ from ncsn.model.generate import sampling_facts
 from ncsn.report.pages import render
 from ncsn.report.words import terms
 from ncsn.runs.code import origin
-from ncsn.runs.folder import Run, addresses, opened_from, read_step
+from ncsn.runs.layout import RunFolder, addresses
+from ncsn.runs.metrics import with_interval
+from ncsn.runs.record import read_finished, read_result, version_of
+from ncsn.runs.results import ExportResult, RegisterResult
+from ncsn.runs.run import Run
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.steps.register import made_alike, utility_of
-from ncsn.steps.results import Context, ExportResult, Prepared
-from ncsn.steps.sample import opened, place_of
+from ncsn.steps.sample import open_checkpoint, samples_of
 
 CARD = "README.md"
 MOST_TIMES = 4  # as many images as asked for are made of a class, before its copies are too many
@@ -59,7 +62,7 @@ _ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
-class Part:
+class ClassImages:
     """The images of one class, or of a model without classes."""
 
     name: str  # empty without classes
@@ -68,28 +71,27 @@ class Part:
     copies: Copies
 
 
-def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[ExportResult]:
+def prepare(run: Run, *, checkpoint: str, dataset: str) -> Export:
     """How many images of each class there will be, and where."""
-    config, trained = opened(run, checkpoint)
+    config, trained = open_checkpoint(run, checkpoint)
     manifest, wish = load_manifest(dataset), config.export
     if manifest.digest != trained.dataset_digest:
         reason = f"{trained.digest} was trained on {trained.dataset_digest[:8]}, not on {manifest.digest[:8]}"
         raise UserError("--dataset", reason, hint="copies are sought among the training images", value=dataset)
-    asked = _asked(config, trained)
+    counts = _counts(config, trained)
     if wish.format == "png" and not _fits_png(manifest):
         raise UserError("export.format", f"cannot hold {manifest.pixels}", hint="use parquet", value=wish.format)
-    facts, _ = place_of(config, trained, run.folder)
-    key = {"checkpoint": trained.digest, **facts, "label": asked, "export": wish.model_dump(mode="json")}
+    facts, _ = samples_of(config, trained, run.folder)
+    key = {"checkpoint": trained.digest, **facts, "label": counts, "export": wish.model_dump(mode="json")}
     key["terms"] = terms(config.data, manifest)
     digest = storage.digest({**key, "export": wish.model_dump(mode="json", exclude={"out"})}, 12)
     uri = storage.absolute(wish.out) if wish.out else storage.join(run.folder.exports, digest)
     made = published(uri, digest)
-    again = read_step(run.folder, "export").inputs == json.loads(json.dumps(key))
+    stored = read_finished(run.folder, ExportResult.step)
+    again = stored is not None and stored.key == json.loads(json.dumps(key))
     if wish.out and made is None and not again and config.compute.backend == "local":
         storage.require_output("export.out", uri)
-    make = partial(write, config, trained, manifest, asked, checkpoint, dataset, uri, digest)
-    work = partial(export, config, trained, manifest, dataset, digest, make if made is None else lambda _: made)
-    return Prepared(config, key, work, lambda result: [result.card])
+    return Export(config, key, trained, manifest, counts, checkpoint, dataset, uri, digest, made)
 
 
 def published(uri: str, digest: str) -> ExportResult | None:
@@ -102,104 +104,129 @@ def published(uri: str, digest: str) -> ExportResult | None:
     return None
 
 
-def export(
-    config: Config,
-    trained: TrainedNetwork,
-    manifest: Manifest,
-    dataset: str,
-    digest: str,
-    make: Callable[[Context], ExportResult],
-    context: Context,
-) -> ExportResult:
-    """Make the data set, and tell MLflow of it."""
-    tracked, result = context.tracked, make(context)
-    tracked.log_dataset(f"{config.name}-generated", digest=digest, uri=result.uri, context="export")
-    tracked.parent.set_tags({"dataset.digest": manifest.digest, "dataset.uri": dataset})  # of its training still
-    tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
-    tracked.set_tags({"checkpoint.digest": trained.digest, "dataset.digest": manifest.digest, "export.uri": result.uri})
-    tracked.log_file(result.card)
-    return result
+@dataclass(frozen=True)
+class Export(Prepared[ExportResult]):
+    """Makes the data set, unless it is there, and tells MLflow of it."""
+
+    trained: TrainedNetwork
+    manifest: Manifest  # of the dataset
+    counts: Mapping[str, int]  # images of each class
+    checkpoint: str  # URI
+    dataset: str  # URI
+    uri: str  # folder of the data set
+    digest: str  # of all that decides it
+    made: ExportResult | None  # what is there
+
+    def work(self, context: Context) -> ExportResult:
+        tracked, result = context.tracked, self.made or self._make(context)
+        tracked.log_dataset(f"{self.config.name}-generated", digest=self.digest, uri=result.uri, context="export")
+        data = {"dataset.digest": self.manifest.digest}
+        tracked.parent.set_tags({**data, "dataset.uri": self.dataset})  # of its training still
+        tracked.log_metrics({"export/images": sum(result.counts.values()), "export/copies": result.copies})
+        tracked.set_tags({"checkpoint.digest": self.trained.digest, **data, "export.uri": result.uri})
+        tracked.log_file(result.card)
+        return result
+
+    def _make(self, context: Context) -> ExportResult:
+        """Generate and audit the images that are missing, and write those that are no copies, with a card."""
+        config = self.config
+        # What a stopped attempt left. In S3 another one may write the same files right now.
+        if not config.export.out and storage.is_local(self.uri) and not storage.exists(storage.join(self.uri, CARD)):
+            storage.delete(self.uri)
+        many = sum(self.counts.values()) > config.sampling.batch_size
+        with cluster_for(config, start=many, last_lines=context.last_lines):
+            context.tracked.set_tags(ray_tags())
+            parts = [self._part(name, count, context) for name, count in self.counts.items()]
+            distances = _distances(config, self.manifest, self.dataset, parts, context)
+        made = sum(part.samples.count for part in parts)
+        left_out = sum(part.copies.copies for part in parts)
+        whole = replace(parts[0].copies, copies=left_out, num_images=made)  # the test images of all parts are the same
+        result = ExportResult(
+            uri=self.uri,
+            card=storage.join(self.uri, CARD),
+            counts={part.name: len(part.chosen) for part in parts},
+            made=made,
+            copies=left_out,
+            expected=round(whole.expected * made, 2),
+            unclear=str(whole) if whole.unclear else "",
+        )
+        card = self._card(result, parts, distances, context.folder)
+        record = {name: value for name, value in result.plain().items() if name not in ("uri", "card")}
+        comment = json.dumps(record).replace(">", r"\u003e")  # of HTML, for `published`
+        with storage.staged_folder(self.uri, marker=CARD) as staging:
+            for part in parts:
+                _write(staging, part, self.manifest, kind=config.export.format)
+            if config.export.format == "png" and self.trained.classes:
+                # All classes, so that two exports of a model may be copied into one folder.
+                names = self.manifest.class_names
+                folders = {class_slug(label, names): name for label, name in enumerate(names)}
+                (staging / CLASS_NAMES).write_text(json.dumps(folders, ensure_ascii=False, indent=1))
+            (staging / CARD).write_text(f"{card}\n<!-- ncsn export {self.digest} {comment} -->\n")
+        return result
+
+    def _part(self, name: str, count: int, context: Context) -> ClassImages:
+        """So many images of a class; `UserError` if too many of those that were made are copies."""
+        part = uncopied(
+            self.config,
+            self.trained,
+            name,
+            count,
+            checkpoint=self.checkpoint,
+            dataset=self.dataset,
+            context=context,
+        )
+        if (kept := len(part.chosen)) < count:
+            made = part.samples.count
+            what = f"of {made:,} images{f' of class {name}' if name else ''} {made - kept:,} are copies"
+            raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
+        return part
+
+    def _card(
+        self, result: ExportResult, parts: Sequence[ClassImages], distances: Sequence[str], folder: RunFolder
+    ) -> str:
+        """The page of the data set, with the command that makes it again."""
+        config, model = self.config, version_of(folder)
+        again = [shlex.quote(folder.uri)]  # known in any folder, unlike a name
+        if not (model and self.checkpoint.startswith(folder.uri)):
+            again.append(f"--checkpoint {shlex.quote(self.checkpoint)}")
+        again += addresses(config)
+        base = from_yaml(storage.read_text(folder.config), origin=folder.config)
+        wish = config.export.model_copy(update={} if self.trained.classes else {"num_images": result.counts[""]})
+        for section, usual, now, without in (
+            ("export", base.export, wish, {"out"}),
+            ("sampling", base.sampling, config.sampling, {"label", "num_images"}),
+        ):
+            before = usual.model_dump(mode="json")
+            for name, value in now.model_dump(mode="json", exclude=without).items():
+                if value != before[name]:
+                    again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
+        making, _ = samples_of(config, self.trained, folder)
+        helped = utility_of(folder, self.trained.digest, making)
+        return render(
+            "data_card.md.j2",
+            config=config,
+            trained=self.trained,
+            manifest=self.manifest,
+            parts=parts,
+            distances=distances,
+            result=result,
+            model=model or folder.run,
+            again=" ".join(again),
+            shares=[100 * share for share in interval(result.copies, result.made)],
+            date=utc_now()[:10],
+            version=importlib.metadata.version("ncsn"),
+            commit=origin().get("commit"),
+            utility=helped.sentence if helped else self._said_of_version(folder, making),
+        )
+
+    def _said_of_version(self, folder: RunFolder, making: Mapping[str, Any]) -> str:
+        """What was said of the images of the version that was opened as this run, if these are made as they were."""
+        registered = read_result(folder, RegisterResult) if version_of(folder) else None
+        as_then = made_alike(making, sampling_facts(self.trained.config.sampling, self.trained.guide))
+        return registered.utility if registered and as_then else ""
 
 
-def write(
-    config: Config, trained: TrainedNetwork, manifest: Manifest, asked: Mapping[str, int], checkpoint: str,
-    dataset: str, uri: str, digest: str, context: Context,
-) -> ExportResult:  # fmt: skip
-    """Generate and audit the images that are missing, and write those that are no copies, with a card."""
-    # What a stopped attempt left. In S3 another one may write the same files right now.
-    if not config.export.out and storage.is_local(uri) and not storage.exists(storage.join(uri, CARD)):
-        storage.delete(uri)
-    tracked = context.tracked
-    with cluster_for(config, start=sum(asked.values()) > config.sampling.batch_size, last_lines=context.last_lines):
-        tracked.set_tags(ray_tags())
-        parts = []
-        for name, count in asked.items():
-            part = uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
-            if (kept := len(part.chosen)) < count:
-                made, of = part.samples.count, f" of class {name}" if name else ""
-                what = f"of {made:,} images{of} {made - kept:,} are copies"
-                raise UserError("export", what, hint="train shorter, or on more images, or ask for fewer")
-            parts.append(part)
-        distances = _distances(config, manifest, dataset, parts, context)
-    made, left_out = sum(part.samples.count for part in parts), sum(part.copies.copies for part in parts)
-    whole = replace(parts[0].copies, copies=left_out, num_images=made)  # the test images of all parts are the same
-    result = ExportResult(
-        uri=uri,
-        card=storage.join(uri, CARD),
-        counts={part.name: len(part.chosen) for part in parts},
-        made=made,
-        copies=left_out,
-        expected=round(whole.expected * made, 2),
-        unclear=str(whole) if whole.unclear else "",
-    )
-    folder, model = context.folder, opened_from(context.folder)
-    again = [shlex.quote(folder.uri)]  # known in any folder, unlike a name
-    if not (model and checkpoint.startswith(folder.uri)):
-        again.append(f"--checkpoint {shlex.quote(checkpoint)}")
-    again += addresses(config)
-    base = from_yaml(storage.read_text(folder.config), origin=folder.config)
-    wish = config.export.model_copy(update={} if trained.classes else {"num_images": result.counts[""]})
-    pairs = ((base.export, wish, {"out"}), (base.sampling, config.sampling, {"label", "num_images"}))
-    for section, (usual, now, without) in zip(("export", "sampling"), pairs, strict=True):
-        before = usual.model_dump(mode="json")
-        for name, value in now.model_dump(mode="json", exclude=without).items():
-            if value != before[name]:
-                again.append(f"--set {shlex.quote(f'{section}.{name}={json.dumps(value, ensure_ascii=False)}')}")
-    making, _ = place_of(config, trained, folder)
-    said = read_step(folder, "train").inputs.get("utility", "")  # of a version, of images as it makes them
-    if not made_alike(making, sampling_facts(trained.config.sampling, trained.guide)):
-        said = ""
-    helped = utility_of(folder, trained.digest, making)
-    card = render(
-        "data_card.md.j2",
-        config=config,
-        trained=trained,
-        manifest=manifest,
-        parts=parts,
-        distances=distances,
-        result=result,
-        model=model or folder.run,
-        again=" ".join(again),
-        shares=[100 * share for share in interval(result.copies, result.made)],
-        date=utc_now()[:10],
-        version=importlib.metadata.version("ncsn"),
-        commit=origin().get("commit"),
-        utility=helped["sentence"] if helped else said,
-    )
-    record = {name: value for name, value in asdict(result).items() if name not in ("uri", "card")}
-    comment = json.dumps(record).replace(">", r"\u003e")  # of HTML, for `published`
-    with storage.staged_folder(uri, marker=CARD) as staging:
-        for part in parts:
-            _write(staging, part, manifest, kind=config.export.format)
-        if config.export.format == "png" and trained.classes:
-            # All classes, so that two exports of a model may be copied into one folder.
-            folders = {class_slug(label, manifest.class_names): name for label, name in enumerate(manifest.class_names)}
-            (staging / CLASS_NAMES).write_text(json.dumps(folders, ensure_ascii=False, indent=1))
-        (staging / CARD).write_text(f"{card}\n<!-- ncsn export {digest} {comment} -->\n")
-    return result
-
-
-def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
+def _counts(config: Config, trained: TrainedNetwork) -> dict[str, int]:
     """Images of each class, in the order of the classes; of all under an empty name, without classes."""
     wish, classes = config.export, trained.classes
     if classes is None:
@@ -224,7 +251,7 @@ def _asked(config: Config, trained: TrainedNetwork) -> dict[str, int]:
 
 def uncopied(
     config: Config, trained: TrainedNetwork, name: str, count: int, *, checkpoint: str, dataset: str, context: Context
-) -> Part:
+) -> ClassImages:
     """Images of a class without copies, as many as are asked for, or fewer of a model that makes hardly anything else.
 
     Those that are there are not made again.
@@ -236,17 +263,19 @@ def uncopied(
         if trained.classes is not None:  # by its number where the name means something else
             changes["label"] = str(trained.classes.names.index(name)) if name in (BALANCED, AS_DATA) else name
         own = config.model_copy(update={"sampling": config.sampling.model_copy(update=changes)})
-        _, uri = place_of(own, trained, context.folder)
+        _, uri = samples_of(own, trained, context.folder)
         make_shards(own, plan_shards(own, checkpoint=checkpoint, folder=uri), progress=progress)
         samples = SampleSet(uri, made)
         found = audit(own, dataset, samples, runner=runner, progress=progress)
         chosen = np.flatnonzero(~found.copied)[:count]
         if len(chosen) == count or made == most:
-            return Part(name, samples, chosen, found.copies)
+            return ClassImages(name, samples, chosen, found.copies)
         made = min(made + 2 * (count - len(chosen)), most)
 
 
-def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Part], context: Context) -> list[str]:
+def _distances(
+    config: Config, manifest: Manifest, dataset: str, parts: Sequence[ClassImages], context: Context
+) -> list[str]:
     """The kernel distance to the training images with its interval: of the first images made, and of the chosen.
 
     It is the mean over classes of `FEWEST` images or more, each compared with its own.
@@ -269,7 +298,7 @@ def _distances(config: Config, manifest: Manifest, dataset: str, parts: list[Par
     return shown
 
 
-def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
+def _write(folder: Path, part: ClassImages, manifest: Manifest, *, kind: str) -> None:
     """PNG files in a folder of the class, or Parquet files named after it.
 
     Parquet files are as `datasets` has images and classes, or, where PNG cannot hold the pixels, as this project's.
@@ -296,7 +325,7 @@ def _write(folder: Path, part: Part, manifest: Manifest, *, kind: str) -> None:
             pq.write_table(pa.table(columns).replace_schema_metadata(known), file)
 
 
-def folder_of(part: Part, manifest: Manifest) -> str:
+def folder_of(part: ClassImages, manifest: Manifest) -> str:
     """The folder of the PNG files of a part; empty without classes."""
     return class_slug(manifest.class_names.index(part.name), manifest.class_names) if part.name else ""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,47 +19,65 @@ from ncsn.data.format import MANIFEST, Hashes, Manifest, image_hashes, load_mani
 from ncsn.data.sources import open_source
 from ncsn.data.sources.base import NO_FILES, source_fingerprint
 from ncsn.progress import Progress, say
-from ncsn.runs.folder import ForeignRun, Run, Store, read_step, update_step
-from ncsn.steps.results import Context, IngestResult, Prepared
+from ncsn.runs.layout import Store
+from ncsn.runs.record import ForeignRun, read_finished, write_finished
+from ncsn.runs.results import IngestResult
+from ncsn.runs.run import Run
+from ncsn.steps.prepared import Context, Prepared
 
 
-def prepare(run: Run) -> Prepared[IngestResult]:
+def prepare(run: Run) -> Ingest:
     """The names, sizes and dates of the source's files decide; `ForeignRun` if the run has read other images."""
-    inputs = agreed_inputs(run) if run.images is None else run.images
-    return Prepared(
-        run.config,
-        inputs,
-        lambda context: ingest(run.config, context, fingerprint=inputs["files"]),
-        needs=lambda result: [storage.join(result.uri, MANIFEST)],
+    return Ingest(run.config, _agreed_key(run))
+
+
+@dataclass(frozen=True)
+class Ingest(Prepared[IngestResult]):
+    """The images of the config's source, brought to one shape and published under the digest of their content."""
+
+    def work(self, context: Context) -> IngestResult:
+        dataset = write_images(
+            self.config, context.folder.root, fingerprint=self.key["files"], progress=context.progress
+        )
+        manifest = dataset.manifest
+        context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
+        context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
+        notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
+        if manifest.unlabeled:
+            notes.append(f"{manifest.unlabeled:,} images have no label, unlike the others; each is kept with label -1")
+        if manifest.skipped:
+            notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
+        notes += filter(None, [manifest.equal_images])
+        found = [*_near_duplicates(self.config, dataset.uri, manifest, context)]
+        uri = storage.join(dataset.uri, DUPLICATES)
+        known = storage.read_text(uri) if storage.exists(uri) else ""
+        duplicates = [*(each for each in from_csv(known) if each.kind != "near"), *found]
+        if (text := to_csv(duplicates)) != known:
+            storage.write_text(uri, text)
+        if found:
+            notes.append(
+                f"{len(found):,} test images nearly equal a training image, see {uri}: remove one of each pair"
+            )
+        notes += filter(None, [in_two_classes(duplicates)])
+        if duplicates:
+            context.tracked.log_file(uri)
+        return ingested(dataset.uri, manifest, created=dataset.created, notes=notes)
+
+    def files(self, result: IngestResult) -> list[str]:
+        return [storage.join(result.uri, MANIFEST)]
+
+
+def ingested(uri: str, manifest: Manifest, *, created: bool, notes: Sequence[str] = ()) -> IngestResult:
+    """What a dataset of the store says as the result of the step."""
+    return IngestResult(
+        uri=uri,
+        digest=manifest.digest,
+        counts=dict(manifest.counts),
+        created=created,
+        repeated=sum(manifest.repeated.values()),
+        left_out=manifest.left_out,
+        notes=list(notes),
     )
-
-
-def ingest(config: Config, context: Context, *, fingerprint: str) -> IngestResult:
-    """Bring the source's images to one shape and publish them under the digest of their content."""
-    dataset = write_images(config, context.folder.root, fingerprint=fingerprint, progress=context.progress)
-    manifest = dataset.manifest
-    context.tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset.uri)
-    context.tracked.log_metrics({f"ingest/{split}_images": count for split, count in manifest.counts.items()})
-    notes = [f"{count:,} images were {what}" for what, count in manifest.conversions.items()]
-    if manifest.unlabeled:
-        notes.append(f"{manifest.unlabeled:,} images have no label, unlike the others; each is kept with label -1")
-    if manifest.skipped:
-        notes.append(f"{len(manifest.skipped):,} images could not be used; the first is {manifest.skipped[0].name}")
-    notes += filter(None, [manifest.equal_images])
-    found = [*_near_duplicates(config, dataset.uri, manifest, context)]
-    uri = storage.join(dataset.uri, DUPLICATES)
-    known = storage.read_text(uri) if storage.exists(uri) else ""
-    duplicates = [*(each for each in from_csv(known) if each.kind != "near"), *found]
-    if (text := to_csv(duplicates)) != known:
-        storage.write_text(uri, text)
-    if found:
-        notes.append(f"{len(found):,} test images nearly equal a training image, see {uri}: remove one of each pair")
-    notes += filter(None, [in_two_classes(duplicates)])
-    if duplicates:
-        context.tracked.log_file(uri)
-    equal = {"repeated": sum(manifest.repeated.values()), "left_out": manifest.left_out}
-    counts = dict(manifest.counts)
-    return IngestResult(dataset.uri, manifest.digest, counts, dataset.created, notes=notes, **equal)
 
 
 def _near_duplicates(config: Config, dataset: str, manifest: Manifest, context: Context) -> Iterator[Duplicate]:
@@ -81,7 +100,7 @@ def _near_duplicates(config: Config, dataset: str, manifest: Manifest, context: 
     yield from pairs_of("near", named(dataset, manifest, "train", near), named(dataset, manifest, "test", tests))
 
 
-def agreed_inputs(run: Run) -> Mapping[str, Any]:
+def _agreed_key(run: Run) -> Mapping[str, Any]:
     """What decides the dataset of the run; `ForeignRun`, with nothing changed, if it has read other images.
 
     Names, sizes and dates of the source are compared with those at that time. Where they differ the images are read.
@@ -89,29 +108,28 @@ def agreed_inputs(run: Run) -> Mapping[str, Any]:
     """
     config, folder = run.config, run.folder
     settings = config.data.model_dump(mode="json", exclude=TERMS)
-    inputs: dict[str, Any] = {"data": settings, "files": source_fingerprint(config.data)}
-    record = read_step(folder, "ingest")
-    before, stored = record.inputs, record.result
-    if not stored or before == inputs:
-        return inputs
-    if not run.claimed:
-        run.claim()
+    key: dict[str, Any] = {"data": settings, "files": source_fingerprint(config.data)}
+    finished = read_finished(folder, IngestResult.step)
+    if finished is None or finished.key == key:
+        return key
+    before, stored = finished.key, finished.result
     owner, here = run.owner, config.data.root
-    places, inputs["data"]["root"] = (before["data"]["root"], owner.data.root), before["data"]["root"]
-    if inputs["files"] == NO_FILES and inputs["data"] == before["data"] and here in places:  # the source is away
+    places = (before["data"]["root"], owner.data.root)
+    key["data"]["root"] = before["data"]["root"]
+    if key["files"] == NO_FILES and key["data"] == before["data"] and here in places:  # the source is away
         return before
-    if inputs["files"] != before["files"]:
+    if key["files"] != before["files"]:
         say(f"data.root is not as run {folder.run} has read it: reading the images, to compare them")
-        found = write_images(config, folder.root, fingerprint=inputs["files"])
-        if (digest := found.manifest.digest) != stored["digest"]:
-            difference = f"has read other images than those of data.root: {_difference(stored['uri'], found.uri)}"
+        found = write_images(config, folder.root, fingerprint=key["files"])
+        if (digest := found.manifest.digest) != stored.digest:
+            difference = f"has read other images than those of data.root: {_difference(stored.uri, found.uri)}"
             hint = f"choose another --run NAME, such as --run {config.name}-{digest[:8]}"
             raise ForeignRun("--run", difference, hint=hint, value=folder.run)
     if owner.data.root != here:
         data = owner.data.model_copy(update={"root": here})
         storage.write_text(folder.config, to_yaml(owner.model_copy(update={"data": data})))
-    update_step(folder, "ingest", inputs=inputs)
-    return inputs
+    write_finished(folder, replace(finished, key=key))
+    return key
 
 
 def _difference(before: str, after: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,100 +29,109 @@ from ncsn.model.generate import evaluations_per_image, guide_of, sampling_facts,
 from ncsn.model.objective import noise_notes
 from ncsn.progress import Progress
 from ncsn.report.images import rows_by_class
-from ncsn.runs.folder import Run, RunFolder, opened_from
-from ncsn.steps.results import Context, Prepared, SampleResult
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import version_of
+from ncsn.runs.results import SampleResult
+from ncsn.runs.run import Run
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.tracking.mlflow_runs import StepRun
 
 GRID_IMAGES = 64
 MOST_LABELS = 10_000  # of the images from which those of the grid are chosen by class
 
 
-def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Prepared[SampleResult]:
+def prepare(run: Run, *, checkpoint: str, score: str | None = None) -> Sample:
     """Images are by their weights and sampler in one folder: what is there stays, and only missing ones are made.
 
     With the URI of a dataset as `score`, the Fréchet distance so far to its training images is published meanwhile.
     """
-    config, trained = opened(run, checkpoint)
-    facts, uri = place_of(config, trained, run.folder)
+    config, trained = open_checkpoint(run, checkpoint)
+    facts, uri = samples_of(config, trained, run.folder)
     there = (storage.find_json(storage.join(uri, MANIFEST)) or {}).get("num_images", 0)
     count = max(there, config.sampling.num_images)
     config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"num_images": count})})
-    return Prepared(
-        config,
-        {"uri": uri, "num_images": count},
-        partial(sample, config, trained, facts, uri, checkpoint, score),
-        lambda result: [result.uri, result.grid, result.strip],
+    return Sample(
+        config=config,
+        key={"uri": uri, "num_images": count},
+        trained=trained,
+        facts=facts,
+        uri=uri,
+        checkpoint=checkpoint,
+        score=score,
     )
 
 
-def place_of(config: Config, trained: TrainedNetwork, folder: RunFolder) -> tuple[dict[str, Any], str]:
+def samples_of(config: Config, trained: TrainedNetwork, folder: RunFolder) -> tuple[dict[str, Any], str]:
     """What decides an image beside its number, and the folder of the run for all images of it."""
     sampling = with_precision(config.sampling, trained, config.compute.device)
     facts = sampling_facts(sampling, guide_of(trained, config.sampling))
     return facts, storage.join(folder.samples, trained.digest, storage.digest(facts, 12))
 
 
-def sample(
-    config: Config,
-    trained: TrainedNetwork,
-    facts: Mapping[str, Any],
-    uri: str,
-    checkpoint: str,
-    score: str | None,
-    context: Context,
-) -> SampleResult:
-    """Generate the images that are missing; when the launcher's heartbeat stops, finished shards stay."""
-    progress, tracked = context.progress, context.tracked
-    shards = plan_shards(config, checkpoint=checkpoint, folder=uri, dataset=score)
-    with cluster_for(config, start=len(shards) > 1, last_lines=context.last_lines):
-        tracked.set_tags(ray_tags())
-        by_class = isinstance(config.sampling.label, dict)  # whose first images are of one class, and tell nothing
-        scores = _Scores(config, score, progress) if score and not by_class else None
-        started = time.perf_counter()
-        made = make_shards(config, shards, progress=progress, on_features=scores.add if scores else None)
-        seconds = time.perf_counter() - started
-    result = SampleResult(
-        uri=uri,
-        grid=storage.join(uri, "grid.png"),
-        strip=storage.join(uri, "strip.png"),
-        num_images=config.sampling.num_images,
-        nfe=evaluations_per_image(config),
-        seconds=round(seconds, 3),
-        checkpoint=checkpoint,
-        images_per_second=round(made / seconds, 3) if made else None,
-        notes=noise_notes(config, images=trained.images_seen),
-    )
-    images = SampleSet(uri, result.num_images)
-    grid, rows = grid_of(config, images)
-    storage.write_bytes(result.grid, grid)
-    stages = eight_bit(storage.read_array(storage.join(uri, LEVELS)), trained.config.data.pixels.limits)
-    rows_of_images = stages.swapaxes(0, 1).reshape(-1, *stages.shape[2:])  # with a column for each stage
-    storage.write_bytes(result.strip, grid_png(rows_of_images, columns=len(stages)))
-    manifest = {
-        "checkpoint": checkpoint,
-        **({"model": model} if (model := opened_from(context.folder)) else {}),
-        "checkpoint_digest": trained.digest,
-        "num_images": result.num_images,
-        "nfe": result.nfe,
-        **facts,
-        **({} if trained.classes is None else {"classes": trained.classes.names}),
-        "rows": rows,  # class of each row of the grid
-    }
-    manifest = storage.relative_uris(manifest, context.folder.root)
-    storage.write_json(storage.join(uri, MANIFEST), manifest, indent=1)
-    origin = {"checkpoint.uri": checkpoint, "checkpoint.digest": trained.digest}
-    tracked.set_tags({**origin, "dataset.digest": trained.dataset_digest, "samples.uri": uri})
-    rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
-    tracked.log_metrics({"sample/nfe": result.nfe, **rate})
-    for picture in (result.grid, result.strip):
-        tracked.log_file(picture)
-    tracked.parent.log_file(result.grid)
-    if scores is not None:
-        scores.log(tracked)
-    return result
+@dataclass(frozen=True)
+class Sample(Prepared[SampleResult]):
+    """A set of images, of which the missing ones are generated; finished shards stay when the work is stopped."""
+
+    trained: TrainedNetwork
+    facts: Mapping[str, Any]  # what decides an image beside its number
+    uri: str  # folder of the samples
+    checkpoint: str
+    score: str | None  # URI of a dataset, to whose training images the distance so far is shown
+
+    def work(self, context: Context) -> SampleResult:
+        progress, tracked = context.progress, context.tracked
+        shards = plan_shards(self.config, checkpoint=self.checkpoint, folder=self.uri, dataset=self.score)
+        with cluster_for(self.config, start=len(shards) > 1, last_lines=context.last_lines):
+            tracked.set_tags(ray_tags())
+            scores = None
+            # Where each class has a number, the first images are of one class, and tell nothing.
+            if self.score and not isinstance(self.config.sampling.label, dict):
+                scores = _Scores(self.config, self.score, progress)
+            started = time.perf_counter()
+            made = make_shards(self.config, shards, progress=progress, on_features=scores.add if scores else None)
+            seconds = time.perf_counter() - started
+        result = SampleResult(
+            uri=self.uri,
+            grid=storage.join(self.uri, "grid.png"),
+            strip=storage.join(self.uri, "strip.png"),
+            num_images=self.config.sampling.num_images,
+            nfe=evaluations_per_image(self.config),
+            seconds=round(seconds, 3),
+            checkpoint=self.checkpoint,
+            images_per_second=round(made / seconds, 3) if made else None,
+            notes=noise_notes(self.config, images=self.trained.images_seen),
+        )
+        images = SampleSet(self.uri, result.num_images)
+        grid, rows = grid_of(self.config, images)
+        storage.write_bytes(result.grid, grid)
+        stages = eight_bit(storage.read_array(storage.join(self.uri, LEVELS)), self.trained.config.data.pixels.limits)
+        rows_of_images = stages.swapaxes(0, 1).reshape(-1, *stages.shape[2:])  # with a column for each stage
+        storage.write_bytes(result.strip, grid_png(rows_of_images, columns=len(stages)))
+        manifest = {
+            "checkpoint": self.checkpoint,
+            **({"model": model} if (model := version_of(context.folder)) else {}),
+            "checkpoint_digest": self.trained.digest,
+            "num_images": result.num_images,
+            "nfe": result.nfe,
+            **self.facts,
+            **({} if self.trained.classes is None else {"classes": self.trained.classes.names}),
+            "rows": rows,  # class of each row of the grid
+        }
+        manifest = storage.relative_uris(manifest, context.folder.root)
+        storage.write_json(storage.join(self.uri, MANIFEST), manifest, indent=1)
+        origin = {"checkpoint.uri": self.checkpoint, "checkpoint.digest": self.trained.digest}
+        tracked.set_tags({**origin, "dataset.digest": self.trained.dataset_digest, "samples.uri": self.uri})
+        rate = {} if result.images_per_second is None else {"sample/images_per_second": result.images_per_second}
+        tracked.log_metrics({"sample/nfe": result.nfe, **rate})
+        for picture in (result.grid, result.strip):
+            tracked.log_file(picture)
+        tracked.parent.log_file(result.grid)
+        if scores is not None:
+            scores.log(tracked)
+        return result
 
 
-def opened(run: Run, checkpoint: str) -> tuple[Config, TrainedNetwork]:
+def open_checkpoint(run: Run, checkpoint: str) -> tuple[Config, TrainedNetwork]:
     """The config of the run for a checkpoint, with its levels and a copy of the network that guides it; and itself."""
     trained = load_checkpoint(checkpoint)
     config = require_same_training(trained.config, run.config, origin=checkpoint)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ncsn import storage
@@ -21,21 +20,23 @@ from ncsn.distributed.search import search
 from ncsn.distributed.trials import SearchPlan, TrialRecord, read_trials
 from ncsn.errors import UserError
 from ncsn.evaluation import evaluation_of
-from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import open_evaluator
 from ncsn.progress import Progress
 from ncsn.report.plots import epsilon_versus_quality, search_coordinates, to_png
-from ncsn.runs.folder import Run, run_folder
+from ncsn.runs.layout import run_folder
+from ncsn.runs.metrics import metric_name
+from ncsn.runs.results import SearchResult
+from ncsn.runs.run import Run
 from ncsn.runs.steps import BEST
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import Context, Prepared, SearchResult
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.steps.train import Start, require_classes, settle_noise, start_of
 from ncsn.tracking.mlflow_runs import StepRun
 
 _logger = logging.getLogger(__name__)
 
 
-def prepare(run: Run, *, dataset: str) -> Prepared[SearchResult]:
+def prepare(run: Run, *, dataset: str) -> Search:
     """What the trials train, and how they are scored. What the search finds is trained under another name."""
     folder = run.folder
     best_run = run_folder(run.config, f"{run.name}{BEST}").run  # a name belongs to one config, and the best is another
@@ -64,57 +65,65 @@ def prepare(run: Run, *, dataset: str) -> Prepared[SearchResult]:
         hint = f"lower {ema_setting(config.train)}, or raise train.num_images"
         _logger.warning("at the first rung, %d images, %s; %s", plan.rungs[0], said, hint)
     key = {"trials": plan.trials, "search": plan.settings.model_dump(mode="json")}
-    work = partial(find_settings, plan, manifest, start, best_run)
-    return Prepared(config, key, work, lambda result: [result.config, result.table, *result.plots])
+    return Search(config, key, plan, manifest, start, best_run)
 
 
-def find_settings(plan: SearchPlan, manifest: Manifest, start: Start, best_run: str, context: Context) -> SearchResult:
-    """Search, or go on with a search; when the launcher's heartbeat stops, it ends, and its results so far are kept."""
-    config, tracked = plan.config, context.tracked
-    with ray_cluster(config, last_lines=context.last_lines):
-        require_resources(config)
-        dataset = {"dataset.digest": manifest.digest, "dataset.uri": plan.dataset}
-        tracked.set_tags({**ray_tags(), **start.tags, **dataset})
-        evaluator = open_evaluator(config, plan.dataset, runner=runner_of(config.compute))
-        objective = metric_name("fid", extractor=evaluator.name, num_images=plan.settings.num_samples)
-        follower = _Follower(context.progress, tracked, plan, objective)
-        search(plan, follower.tell)
-    uri, accidents = context.folder.search, follower.accidents
-    trials = read_trials(plan.trials, last_rung=plan.rungs[-1])
-    for trial in trials:
-        follower.close(trial)  # also those of earlier attempts, which may have been killed in between
-    best = best_trial(trials, accidents=accidents)
-    rung = best.rungs[-1]
-    plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
-    for place, png in plots.items():
-        storage.write_bytes(place, png)
-    result = SearchResult(
-        uri=uri,
-        config=storage.join(uri, "best.yaml"),
-        run=best_run,
-        table=storage.join(uri, "trials.json"),
-        plots=list(plots),
-        objective_name=objective,
-        objective=rung.objective,
-        baseline=baseline_objective(plan, trials, images_seen=rung.images_seen),
-        values=best.values,
-        sampler=rung.sampler,
-        images_seen=rung.images_seen,
-        trials=table(trials, accidents=accidents),
-    )
-    everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
-    storage.write_json(result.table, storage.relative_uris(everything, context.folder.root), indent=1)
-    before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
-    header = (
-        f"# Trial {best.number} of {len(trials)} found by `ncsn search`: {objective} = "
-        f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
-    )
-    chosen = variant(variant(config, best.values), {"sampling.sampler": rung.sampler})
-    storage.write_text(result.config, header + to_yaml(chosen))
-    tracked.log_metrics({objective: result.objective}, result.images_seen)
-    for uri in (result.config, result.table, *result.plots):
-        tracked.log_file(uri)
-    return result
+@dataclass(frozen=True)
+class Search(Prepared[SearchResult]):
+    """Searches, or goes on with a search; when the launcher's heartbeat stops, its results so far are kept."""
+
+    plan: SearchPlan
+    manifest: Manifest
+    start: Start
+    best_run: str  # name for the run that trains what is found
+
+    def work(self, context: Context) -> SearchResult:
+        tracked = context.tracked
+        with ray_cluster(self.config, last_lines=context.last_lines):
+            require_resources(self.config)
+            dataset = {"dataset.digest": self.manifest.digest, "dataset.uri": self.plan.dataset}
+            tracked.set_tags({**ray_tags(), **self.start.tags, **dataset})
+            evaluator = open_evaluator(self.config, self.plan.dataset, runner=runner_of(self.config.compute))
+            objective = metric_name("fid", extractor=evaluator.name, num_images=self.plan.settings.num_samples)
+            follower = _Follower(context.progress, tracked, self.plan, objective)
+            search(self.plan, follower.tell)
+        uri = context.folder.search
+        accidents = follower.accidents
+        trials = read_trials(self.plan.trials, last_rung=self.plan.rungs[-1])
+        for trial in trials:
+            follower.close(trial)  # also those of earlier attempts, which may have been killed in between
+        best = best_trial(trials, accidents=accidents)
+        rung = best.rungs[-1]
+        plots = {storage.join(uri, name): png for name, png in pictures(trials, best, objective).items()}
+        for place, png in plots.items():
+            storage.write_bytes(place, png)
+        result = SearchResult(
+            uri=uri,
+            config=storage.join(uri, "best.yaml"),
+            run=self.best_run,
+            table=storage.join(uri, "trials.json"),
+            plots=list(plots),
+            objective_name=objective,
+            objective=rung.objective,
+            baseline=baseline_objective(self.plan, trials, images_seen=rung.images_seen),
+            values=best.values,
+            sampler=rung.sampler,
+            images_seen=rung.images_seen,
+            trials=table(trials, accidents=accidents),
+        )
+        everything = {"objective": objective, "best": best.number, "trials": [asdict(trial) for trial in trials]}
+        storage.write_json(result.table, storage.relative_uris(everything, context.folder.root), indent=1)
+        before = "" if result.baseline is None else f"; the config it started from: {result.baseline:.4g}"
+        header = (
+            f"# Trial {best.number} of {len(trials)} found by `ncsn search`: {objective} = "
+            f"{rung.objective:.4g} at {rung.images_seen:,} training images{before}\n"
+        )
+        chosen = variant(variant(self.config, best.values), {"sampling.sampler": rung.sampler})
+        storage.write_text(result.config, header + to_yaml(chosen))
+        tracked.log_metrics({objective: result.objective}, result.images_seen)
+        for uri in (result.config, result.table, *result.plots):
+            tracked.log_file(uri)
+        return result
 
 
 def trainable(result: SearchResult, config: Config) -> Config:

@@ -15,7 +15,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,15 +30,17 @@ from ncsn.distributed.sampling import Features, sample_features
 from ncsn.errors import NotFound, UserError
 from ncsn.evaluation import DEVIATIONS, classes_in_turn, evaluation_of
 from ncsn.evaluation.frechet import frechet_without, groups_of, jackknife_deviation
-from ncsn.evaluation.measure import metric_name
 from ncsn.evaluation.reference import Evaluator, open_evaluator
 from ncsn.evaluation.scores import kernel_distances
 from ncsn.model.checkpoint import load_checkpoint, save_network
 from ncsn.report.plots import selection_figure, to_png
 from ncsn.report.words import few_samples, shown_score
-from ncsn.runs.folder import INDEX, Run, RunFolder, images_seen_at
+from ncsn.runs.layout import INDEX, RunFolder, images_seen_at
+from ncsn.runs.metrics import metric_name
+from ncsn.runs.results import SelectResult
+from ncsn.runs.run import Run
 from ncsn.steps.address import keep_guide
-from ncsn.steps.results import Context, Prepared, SelectResult
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.steps.train import settle_noise
 
 KEPT = 3  # at most, in the run's folder selected/
@@ -82,7 +83,7 @@ def keep_copy(uri: str, folder: str) -> str:
     return target
 
 
-def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
+def prepare(run: Run, *, dataset: str) -> Select:
     """The weights of every checkpoint of the run, and how they are scored.
 
     A second call continues: the scores that are known stay.
@@ -93,29 +94,34 @@ def prepare(run: Run, *, dataset: str) -> Prepared[SelectResult]:
     if not found:
         raise NotFound(run.folder.checkpoints, "no checkpoint", hint="run `ncsn train` first")
     key = {"weights": [each.digest for each in found], "scored": _scored_by(config, manifest)}
-    work = partial(select, config, manifest, dataset, found)
-    return Prepared(config, key, work, lambda result: [result.uri, result.plot, *result.kept])
+    return Select(config, key, manifest, dataset, found)
 
 
-def select(
-    config: Config, manifest: Manifest, dataset: str, found: Sequence[Weights], context: Context
-) -> SelectResult:
-    """Score every candidate by a few samples, and choose."""
-    progress, tracked = context.progress, context.tracked
-    at_once = min(config.compute.max_workers, len(found))
-    with cluster_for(config, start=at_once > 1, last_lines=context.last_lines):
-        tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "dataset.uri": dataset})
-        evaluator = open_evaluator(config, dataset, runner=runner_of(config.compute))
-        scored = {}
-        progress.start(len(found), "candidates")
-        for weights, score in scores(config, found, evaluator, folder=context.folder, dataset=dataset):
-            scored[weights.digest] = score
-            progress.advance()
-    result = conclude(config, found, scored, folder=context.folder, extractor=evaluator.name)
-    tracked.log_metrics({result.figure: result.value}, result.images_seen)
-    for uri in (result.uri, result.plot):
-        tracked.log_file(uri)
-    return result
+@dataclass(frozen=True)
+class Select(Prepared[SelectResult]):
+    """Scores every candidate by a few samples, and chooses."""
+
+    manifest: Manifest
+    dataset: str  # URI
+    found: Sequence[Weights]  # the candidates
+
+    def work(self, context: Context) -> SelectResult:
+        progress, tracked = context.progress, context.tracked
+        at_once = min(self.config.compute.max_workers, len(self.found))
+        with cluster_for(self.config, start=at_once > 1, last_lines=context.last_lines):
+            tracked.set_tags({**ray_tags(), "dataset.digest": self.manifest.digest, "dataset.uri": self.dataset})
+            evaluator = open_evaluator(self.config, self.dataset, runner=runner_of(self.config.compute))
+            scored = {}
+            progress.start(len(self.found), "candidates")
+            each = scores(self.config, self.found, evaluator, folder=context.folder, dataset=self.dataset)
+            for weights, score in each:
+                scored[weights.digest] = score
+                progress.advance()
+        result = conclude(self.config, self.found, scored, folder=context.folder, extractor=evaluator.name)
+        tracked.log_metrics({result.figure: result.value}, result.images_seen)
+        for uri in (result.uri, result.plot):
+            tracked.log_file(uri)
+        return result
 
 
 def _scored_by(config: Config, manifest: Manifest) -> dict[str, Any]:

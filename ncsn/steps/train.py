@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from ncsn import distributed, storage
 from ncsn.answer import SAVE_SECONDS, answer
 from ncsn.config import Config, to_yaml
-from ncsn.config.training import NoiseConfig
 from ncsn.data.format import Manifest, load_manifest
 from ncsn.data.noise_levels import resolve_noise
 from ncsn.distributed.cluster import ray_cluster, ray_tags
@@ -23,20 +21,12 @@ from ncsn.model import build
 from ncsn.model.checkpoint import FILES, CheckpointStore, load_checkpoint
 from ncsn.model.classes import require_label, require_same_classes
 from ncsn.progress import PublishedProgress, read_progress, say
-from ncsn.runs.folder import (
-    INDEX,
-    Run,
-    RunFolder,
-    folder_name,
-    images_seen_at,
-    read_step,
-    require_owner,
-    resumable,
-    state_to_continue,
-    update_step,
-)
 from ncsn.runs.history import RATE, load_history
-from ncsn.steps.results import Context, Prepared, TrainResult, stored_result
+from ncsn.runs.layout import INDEX, RunFolder, folder_name, images_seen_at, resumable
+from ncsn.runs.record import read_attempt, read_finished, update_attempt
+from ncsn.runs.results import TrainResult
+from ncsn.runs.run import Run, require_owner, state_to_continue
+from ncsn.steps.prepared import Context, Prepared
 from ncsn.storage.heartbeat import Lease
 from ncsn.storage.retry import limited
 from ncsn.tracking.live import LiveMetrics
@@ -45,7 +35,7 @@ from ncsn.training.batches import classes_of
 from ncsn.training.loop import TrainingJob
 
 if TYPE_CHECKING:
-    from ncsn.steps.address import Place
+    pass
 
 
 def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainResult]:
@@ -63,85 +53,107 @@ def prepare(run: Run, *, dataset: str, finish: bool = False) -> Prepared[TrainRe
         longer = owner.train.model_copy(update={"num_images": length})
         storage.write_text(folder.config, to_yaml(owner.model_copy(update={"train": longer})))
     key = {"dataset": dataset}
-    if not finish and (stored := stored_result(folder, "train", key)) and stored.images_seen < length:
-        update_step(folder, "train", state="", inputs={}, result={})  # a longer training may delete that checkpoint
-    start = Start() if finish else start_of(config, folder, manifest)
-    work = partial(as_it_is, config, dataset) if finish else partial(train, config, manifest, dataset, start)
-    files = (INDEX, *FILES)
-    return Prepared(config, key, work, lambda result: [storage.join(result.checkpoint, name) for name in files])
+    if finish:
+        return AsItIs(config, key, dataset)
+    stored = read_finished(folder, TrainResult.step)
+    if stored is not None and stored.key == key and stored.result.images_seen < length:
+        # A longer training may delete that checkpoint.
+        storage.delete(folder.step(TrainResult.step, "result.json"))
+        update_attempt(folder, TrainResult.step, state="")
+    return Train(config, key, dataset, manifest, start_of(config, folder, manifest))
 
 
-def train(config: Config, manifest: Manifest, dataset: str, start: Start, context: Context) -> TrainResult:
-    """Train, or resume from the newest checkpoint.
+class _OfTraining(Prepared[TrainResult]):
+    """A checkpoint is of use with all its files."""
+
+    def files(self, result: TrainResult) -> list[str]:
+        return [storage.join(result.checkpoint, name) for name in (INDEX, *FILES)]
+
+
+@dataclass(frozen=True)
+class Train(_OfTraining):
+    """Trains, or resumes from the newest checkpoint.
 
     When the launcher's heartbeat stops, training saves a checkpoint and ends. So it does on Ctrl-C and SIGTERM, and
     once the file `stop` of the step exists.
     """
-    folder, tracked = context.folder, context.tracked
-    stop = folder.step("train", "stop")
-    storage.delete(stop)  # of an earlier attempt
 
-    def ask_to_save() -> bool:
-        if begun := read_progress(folder.step("train", "progress.json")) is not None:
-            say(f"interrupted: saving, for at most {SAVE_SECONDS:.0f} s; Ctrl-C again ends at once")
-            with suppress(OSError), limited(SAVE_SECONDS):
-                storage.write_text(stop, "")
-        return begun
+    dataset: str  # URI
+    manifest: Manifest
+    start: Start
 
-    state = None
-    if (name := config.train.continue_from) is not None:
-        source = RunFolder(folder.root, name)
-        tracked.set_tags({CONTINUE_FROM: source.uri})
-        if next(resumable(folder.checkpoints), None) is None:
-            seen = images_seen_at(state := state_to_continue(config))
-            replace(load_history(source.history, until=seen), uri=folder.history).publish()
-    with answer.saving(ask_to_save), ray_cluster(config, last_lines=context.last_lines):
-        tracked.set_tags({**ray_tags(), **start.tags})
-        tracked.log_dataset(manifest.name, digest=manifest.digest, uri=dataset)
-        job = TrainingJob(
-            config=config,
-            dataset=dataset,
-            sink=LiveMetrics(tracked.uri, tracked.run_id),
-            # Without the lease: at its end, training looks at it itself and saves first.
-            progress=PublishedProgress(folder.step("train", "progress.json")),
-            history=folder.history,
-            preview=folder.preview,
-            lease=Lease(context.lease) if context.lease else None,
-            stop=stop,
-            start=start.uri,
-            state=state,
+    def work(self, context: Context) -> TrainResult:
+        folder, tracked = context.folder, context.tracked
+        stop = folder.step(TrainResult.step, "stop")
+        storage.delete(stop)  # of an earlier attempt
+
+        def ask_to_save() -> bool:
+            if begun := read_progress(folder.step(TrainResult.step, "progress.json")) is not None:
+                say(f"interrupted: saving, for at most {SAVE_SECONDS:.0f} s; Ctrl-C again ends at once")
+                with suppress(OSError), limited(SAVE_SECONDS):
+                    storage.write_text(stop, "")
+            return begun
+
+        state = None
+        if (name := self.config.train.continue_from) is not None:
+            source = RunFolder(folder.root, name)
+            tracked.set_tags({CONTINUE_FROM: source.uri})
+            if next(resumable(folder.checkpoints), None) is None:
+                seen = images_seen_at(state := state_to_continue(self.config))
+                replace(load_history(source.history, until=seen), uri=folder.history).publish()
+        with answer.saving(ask_to_save), ray_cluster(self.config, last_lines=context.last_lines):
+            tracked.set_tags({**ray_tags(), **self.start.tags})
+            tracked.log_dataset(self.manifest.name, digest=self.manifest.digest, uri=self.dataset)
+            job = TrainingJob(
+                config=self.config,
+                dataset=self.dataset,
+                sink=LiveMetrics(tracked.uri, tracked.run_id),
+                # Without the lease: at its end, training looks at it itself and saves first.
+                progress=PublishedProgress(folder.step(TrainResult.step, "progress.json")),
+                history=folder.history,
+                preview=folder.preview,
+                lease=Lease(context.lease) if context.lease else None,
+                stop=stop,
+                start=self.start.uri,
+                state=state,
+            )
+            outcome = distributed.train(job, run_uri=folder.uri)
+        checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
+        tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
+        tracked.set_tags({**tags, "train.computed_on": outcome.computed})
+        rate = load_history(folder.history).images_per_second or outcome.images_per_second
+        figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
+        tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
+        return TrainResult(
+            checkpoint=checkpoint,
+            images_seen=outcome.images_seen,
+            loss=outcome.loss,
+            images_per_second=round(rate, 1),
+            seconds=round(outcome.seconds, 1),
+            dataset=self.dataset,
+            notes=[*self.start.notes, *outcome.notes],
         )
-        outcome = distributed.train(job, run_uri=folder.uri)
-    checkpoint = storage.join(folder.checkpoints, outcome.checkpoint)
-    tags = {"checkpoint.uri": checkpoint, "checkpoint.images_seen": str(outcome.images_seen)}
-    tracked.set_tags({**tags, "train.computed_on": outcome.computed})
-    rate = load_history(folder.history).images_per_second or outcome.images_per_second
-    figures = {RATE: rate} if outcome.loss is None else {RATE: rate, "train/loss": outcome.loss}
-    tracked.parent.log_metrics({"train/images_seen": outcome.images_seen, **figures}, step=outcome.images_seen)
-    return TrainResult(
-        checkpoint=checkpoint,
-        images_seen=outcome.images_seen,
-        loss=outcome.loss,
-        images_per_second=round(rate, 1),
-        seconds=round(outcome.seconds, 1),
-        dataset=dataset,
-        notes=[*start.notes, *outcome.notes],
-    )
 
 
-def as_it_is(config: Config, dataset: str, context: Context) -> TrainResult:
-    """The newest checkpoint as the result."""
-    folder = context.folder
-    if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
-        hint = "run the command without it"
-        raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
-    seen, seconds = images_seen_at(newest), read_step(folder, "train").seconds
-    uri = storage.join(folder.checkpoints, folder_name(seen))
-    storage.publish_folder(storage.join(folder.checkpoints, newest), uri, marker=INDEX)
-    context.tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
-    notes = [f"training ended at {seen:,} of {config.train.num_images:,} images; `ncsn run` without --finish goes on"]
-    rate = load_history(folder.history, until=seen).images_per_second or seen / max(seconds, 1e-9)
-    return TrainResult(uri, seen, None, round(rate, 1), round(seconds, 1), dataset, notes)
+@dataclass(frozen=True)
+class AsItIs(_OfTraining):
+    """Makes the newest checkpoint the result."""
+
+    dataset: str  # URI
+
+    def work(self, context: Context) -> TrainResult:
+        folder = context.folder
+        if (newest := CheckpointStore(folder.checkpoints).newest()) is None:
+            hint = "run the command without it"
+            raise UserError("--finish", f"run {folder.run!r} has no checkpoint yet", hint=hint)
+        seen, seconds = images_seen_at(newest), read_attempt(folder, TrainResult.step).seconds
+        uri = storage.join(folder.checkpoints, folder_name(seen))
+        storage.publish_folder(storage.join(folder.checkpoints, newest), uri, marker=INDEX)
+        context.tracked.set_tags({"checkpoint.uri": uri, "checkpoint.images_seen": str(seen)})
+        length = self.config.train.num_images
+        notes = [f"training ended at {seen:,} of {length:,} images; `ncsn run` without --finish goes on"]
+        rate = load_history(folder.history, until=seen).images_per_second or seen / max(seconds, 1e-9)
+        return TrainResult(uri, seen, None, round(rate, 1), round(seconds, 1), self.dataset, notes)
 
 
 def settle_noise(run: Run, manifest: Manifest) -> Config:
@@ -182,11 +194,11 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     if config.train.init_from is None:
         return Start()
     from ncsn.model.trained import adapted, start_notes  # here, so that others do not load it
-    from ncsn.steps.address import SOURCE, keep
+    from ncsn.steps.address import SOURCE, keep, start_place
 
     uri = folder.start
     if not storage.exists(storage.join(uri, INDEX)):
-        keep(_named(config), uri)
+        keep(start_place(config), uri)
     source = load_checkpoint(uri)
     with torch.device("meta"):
         network = build.network(config)
@@ -194,25 +206,3 @@ def start_of(config: Config, folder: RunFolder, manifest: Manifest) -> Start:
     record = storage.absolute_uris(storage.read_json(storage.join(uri, SOURCE)), folder.root)
     tags = {INIT_FROM: f"{record['source']}/{record['digest']}"}
     return Start(uri, tags, tuple(start_notes(source, config, changes)))
-
-
-def require_start(config: Config, folder: RunFolder) -> None:
-    """Refuse what `train.init_from` names if it does not fit, before the name of a new run is claimed."""
-    if config.train.init_from is None or storage.exists(folder.config):
-        return
-    from ncsn.model.trained import adapted
-    from ncsn.steps.address import load
-
-    if config.noise.kind == "auto":
-        config = config.model_copy(update={"noise": NoiseConfig()})  # no weights depend on the levels
-    with torch.device("meta"):
-        network = build.network(config)
-    adapted(load(_named(config)), network, config=config, classes=None)
-
-
-def _named(config: Config) -> Place:
-    from ncsn.steps.address import resolve
-
-    root, registry, other = config.storage.root, config.tracking.uri, config.train.continue_from
-    address = RunFolder(root, other).start if other else str(config.train.init_from)  # the copy that the other has
-    return resolve(address, key="train.init_from", root=root, registry=registry)

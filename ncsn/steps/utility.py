@@ -1,7 +1,8 @@
 """Do generated images help to train a classifier? Classifiers of several sets of images, and one comparison.
 
-All have the same network, number of updates and batch; see `ncsn.evaluation.learner` and `ncsn.evaluation.utility`. The
-answers of each are stored as it is done, so that a second call trains only those that are missing.
+All have the same network, number of updates and batch; see `ncsn.evaluation.utility_training` and
+`ncsn.evaluation.utility`. The answers of each are stored as it is done, so that a second call trains only those that
+are missing.
 
     <run>/utility/<how>/answers/<arm>-<seed>.npy    classes that a classifier gives the test images
     <run>/utility/<how>/utility.json                the result
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,17 +30,21 @@ from ncsn.distributed.ray_calls import runner_of
 from ncsn.errors import UserError
 from ncsn.evaluation.extractors import Images
 from ncsn.evaluation.features import Runner
-from ncsn.evaluation.learner import RATES, TRIED, VERSION, Lesson, Part, learn
-from ncsn.evaluation.utility import compare, figures, require_enough, unbalanced
+from ncsn.evaluation.utility import Comparison, arm_of, compare, require_enough, unbalanced
+from ncsn.evaluation.utility_training import RATES, TRIED, VERSION, ClassifierJob, Portion, train_classifier
 from ncsn.model.checkpoint import TrainedNetwork, load_checkpoint
 from ncsn.model.generate import guide_of
 from ncsn.progress import Progress
 from ncsn.report.plots import to_png, utility_figure
-from ncsn.report.words import shown_gain, utility_sentence
-from ncsn.runs.folder import INDEX, Run, RunFolder
+from ncsn.report.words import utility_sentence
+from ncsn.runs import results
+from ncsn.runs.layout import INDEX, RunFolder
+from ncsn.runs.metrics import Estimate
+from ncsn.runs.results import ClassGain, UtilityResult
+from ncsn.runs.run import Run
 from ncsn.steps.export import uncopied
-from ncsn.steps.results import Context, Prepared, UtilityResult
-from ncsn.steps.sample import opened, place_of
+from ncsn.steps.prepared import Context, Prepared
+from ncsn.steps.sample import open_checkpoint, samples_of
 
 HELD_OUT = 5  # one in five images of each class chooses rate and length
 
@@ -52,7 +57,7 @@ class Arm:
     """A set of images to train on."""
 
     name: str
-    parts: Sequence[Part]
+    parts: Sequence[Portion]
     augmented: bool = True
 
     @property
@@ -63,24 +68,30 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Answers:
     """The classifiers of all arms, and what they answered."""
 
     arms: Sequence[Arm]
-    answers: Mapping[str, NDArray[np.int64]]  # of each arm, [seeds, test images]
+    by_arm: Mapping[str, NDArray[np.int64]]  # [seeds, test images]; of each arm, [seeds, test images]
     rate: float
     updates: int
     trials: list[dict[str, Any]]  # that chose both
 
-    def compared(self, labels: NDArray[np.int64], *, num_classes: int) -> dict[str, Any]:
+    def of_arms(self, labels: NDArray[np.int64], *, num_classes: int) -> list[results.Arm]:
+        """How good the classifiers of each arm are, by the labels of the test images."""
+        return [
+            arm_of(arm.name, self.by_arm[arm.name], labels, num_classes=num_classes, **arm.images) for arm in self.arms
+        ]
+
+    def compared(self, labels: NDArray[np.int64], *, num_classes: int) -> Comparison:
         """The one comparison, by the labels of the test images."""
-        ratios = {name: given for name, given in self.answers.items() if name.startswith(RATIO)}
-        return compare(self.answers[AUGMENTED], ratios, labels, num_classes=num_classes)
+        ratios = {name: given for name, given in self.by_arm.items() if name.startswith(RATIO)}
+        return compare(self.by_arm[AUGMENTED], ratios, labels, num_classes=num_classes)
 
 
-def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResult]:
+def prepare(run: Run, *, checkpoint: str, dataset: str) -> Utility:
     """The step also runs where the config has no section `utility`, if it is asked for alone."""
-    config, trained = opened(run, checkpoint)
+    config, trained = open_checkpoint(run, checkpoint)
     manifest, wish = load_manifest(dataset), config.utility or UtilityConfig()
     if trained.classes is None:
         reason = "is null: this model was told no classes, which a classifier would tell apart"
@@ -92,7 +103,7 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResul
     require_enough(manifest)
     sampling = config.sampling.model_copy(update={"seed": wish.seed, "label": "balanced"})
     own = config.model_copy(update={"sampling": sampling})
-    facts, _ = place_of(own, trained, run.folder)
+    facts, _ = samples_of(own, trained, run.folder)
     key = {
         "checkpoint": trained.digest,
         "dataset": manifest.digest,
@@ -103,90 +114,113 @@ def prepare(run: Run, *, checkpoint: str, dataset: str) -> Prepared[UtilityResul
     }
     of_answers = key | {"utility": wish.model_dump(mode="json", exclude={"seeds"})}  # so that more seeds add to them
     uri = storage.join(run.folder.utility, storage.digest(of_answers, 12))
-    work = partial(utility, own, wish, trained, manifest, checkpoint, dataset, uri)
-    return Prepared(config, key, work, lambda result: [result.uri, result.plot])
+    return Utility(config, key, own, wish, trained, manifest, checkpoint, dataset, uri)
 
 
-def utility(
-    config: Config, wish: UtilityConfig, trained: TrainedNetwork, manifest: Manifest, checkpoint: str, dataset: str,
-    uri: str, context: Context,
-) -> UtilityResult:  # fmt: skip
-    """Generate the images that are missing, train the classifiers that are missing, and compare."""
-    progress, tracked = context.progress, context.tracked
-    labels, test = (np.asarray(open_cache(dataset, split, as_bytes=True).labels) for split in ("train", "test"))
-    counts, tested, names = np.array(manifest.class_counts["train"]), np.flatnonzero(test >= 0), manifest.class_names
-    with cluster_for(config, start=config.compute.max_workers > 1, last_lines=context.last_lines):
-        tracked.set_tags({**ray_tags(), "dataset.digest": manifest.digest, "checkpoint.digest": trained.digest})
-        missing = (counts.max() - counts) * unbalanced(counts)  # to balance the classes
-        wanted = np.maximum(np.ceil(max(wish.ratios) * counts), missing).astype(int).tolist()
-        parts = [
-            uncopied(config, trained, name, count, checkpoint=checkpoint, dataset=dataset, context=context)
-            for name, count in zip(names, wanted, strict=True)
-        ]
-        lesson = Lesson(
-            dataset=dataset,
-            generated=[len(part.chosen) for part in parts],
-            batch_size=wish.batch_size,
-            num_classes=len(names),
-            mirrors=config.data.horizontal_flip,
-            split="test",
-            asked=tested,
-            place=storage.join(uri, "answers"),
-            use_gpu=config.compute.use_gpu,
+@dataclass(frozen=True)
+class Utility(Prepared[UtilityResult]):
+    """Generates the images that are missing, trains the classifiers that are missing, and compares."""
+
+    making: Config  # the config with the seed and the classes of these images
+    wish: UtilityConfig  # the settings, of a config without the section too
+    trained: TrainedNetwork  # that makes the images
+    manifest: Manifest  # of the dataset
+    checkpoint: str  # URI
+    dataset: str  # URI
+    uri: str  # folder of the answers and the result
+
+    def work(self, context: Context) -> UtilityResult:
+        config, manifest, progress = self.making, self.manifest, context.progress
+        names, ratio = manifest.class_names, max(self.wish.ratios)
+        labels, test = (
+            np.asarray(open_cache(self.dataset, split, as_bytes=True).labels) for split in ("train", "test")
         )
-        made = np.concatenate([part.samples.read(0, part.samples.count)[part.chosen] for part in parts])
-        asked = ask(lesson, labels, wish, made=made, runner=runner_of(config.compute), progress=progress)
-    test = test[tested]
-    found = asked.compared(test, num_classes=len(names))
-    rows = [
-        {"name": arm.name, **arm.images, **figures(asked.answers[arm.name], test, num_classes=len(names))}
-        for arm in asked.arms
-    ]
-    kept, most = [len(part.chosen) for part in parts], np.ceil(max(wish.ratios) * counts).astype(int)
-    if not any(kept):
-        found |= {"grade": "copies", "gain": {"value": 0.0, "low": -100.0, "high": 100.0}, "named": []}
-    gain, notes = found["gain"], list[str]()
-    alone = compare(asked.answers[AUGMENTED], {REAL: asked.answers[REAL]}, test, num_classes=len(names))
-    if alone["grade"] == "helps":
-        better = f"{shown_gain(alone['gain'])} points"
-        notes.append(f"real images are better without augmentation: {better}; what is compared has it on both sides")
-    if asked.updates == wish.updates:
-        notes.append(f"classifiers gained until the last of utility.updates = {wish.updates:,}: more may gain more")
-    named = {names[label]: found["classes"][label] for label in found["named"]}
-    used = int(np.minimum(kept, most).sum())
-    sentence = utility_sentence(found["grade"], gain, named, used=used, wanted=int(most.sum()))
-    sentence += _doubt(config, trained, context.folder)
-    result = UtilityResult(
-        uri=storage.join(uri, "utility.json"),
-        plot=storage.join(uri, "utility.png"),
-        sentence=sentence,
-        grade=found["grade"],
-        gain=gain,
-        chosen=found["chosen"],
-        named=list(named),
-        classes=[
-            {"name": name, "train": int(counts[label]), "test": int((test == label).sum()), "gain": gained}
-            for label, (name, gained) in enumerate(zip(names, found["classes"], strict=True))
-        ],
-        arms=rows,
-        seeds=wish.seeds,
-        updates=asked.updates,
-        rate=asked.rate,
-        trials=asked.trials,
-        checkpoint_digest=trained.digest,
-        copies=sum(part.copies.copies for part in parts),
-        made=sum(part.samples.count for part in parts),
-        notes=notes,
-    )
-    storage.write_json(result.uri, storage.relative_uris(asdict(result), context.folder.root), indent=1)
-    storage.write_bytes(result.plot, to_png(utility_figure(asdict(result))))
-    metrics = {f"utility/gain{end}": gain[key] for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))}
-    for each in (tracked, tracked.parent):
-        each.log_metrics(metrics | {f"utility/{row['name']}": row["balanced_accuracy"]["value"] for row in rows})
-    tracked.parent.set_tags({"utility": result.sentence})
-    for file in (result.uri, result.plot):
-        tracked.log_file(file)
-    return result
+        tested = np.flatnonzero(test >= 0)
+        counts = np.array(manifest.class_counts["train"])
+        most = np.ceil(ratio * counts).astype(int)
+        with cluster_for(config, start=config.compute.max_workers > 1, last_lines=context.last_lines):
+            digests = {"dataset.digest": manifest.digest, "checkpoint.digest": self.trained.digest}
+            context.tracked.set_tags({**ray_tags(), **digests})
+            missing = (counts.max() - counts) * unbalanced(counts)  # to balance the classes
+            parts = [
+                uncopied(
+                    config,
+                    self.trained,
+                    name,
+                    count,
+                    checkpoint=self.checkpoint,
+                    dataset=self.dataset,
+                    context=context,
+                )
+                for name, count in zip(names, np.maximum(most, missing).astype(int).tolist(), strict=True)
+            ]
+            job = ClassifierJob(
+                dataset=self.dataset,
+                generated=[len(part.chosen) for part in parts],
+                batch_size=self.wish.batch_size,
+                num_classes=len(names),
+                mirrors=config.data.horizontal_flip,
+                split="test",
+                judged=tested,
+                place=storage.join(self.uri, "answers"),
+                use_gpu=config.compute.use_gpu,
+            )
+            made = np.concatenate([part.samples.read(0, part.samples.count)[part.chosen] for part in parts])
+            answers = train_arms(job, labels, self.wish, made=made, runner=runner_of(config.compute), progress=progress)
+        kept = [len(part.chosen) for part in parts]
+        found = answers.compared(test[tested], num_classes=len(names))
+        if not any(kept):
+            found = replace(found, grade="copies", gain=Estimate(0.0, -100.0, 100.0), named=[])
+        named = {names[label]: found.classes[label] for label in found.named}
+        used = int(np.minimum(kept, most).sum())
+        sentence = utility_sentence(found.grade, found.gain, named, used=used, wanted=int(most.sum()))
+        result = UtilityResult(
+            uri=storage.join(self.uri, "utility.json"),
+            plot=storage.join(self.uri, "utility.png"),
+            sentence=sentence + _doubt(config, self.trained, context.folder),
+            grade=found.grade,
+            gain=found.gain,
+            chosen=found.chosen,
+            named=list(named),
+            classes=[
+                ClassGain(name, train=int(counts[label]), test=int((test == label).sum()), gain=found.classes[label])
+                for label, name in enumerate(names)
+            ],
+            arms=answers.of_arms(test[tested], num_classes=len(names)),
+            seeds=self.wish.seeds,
+            updates=answers.updates,
+            rate=answers.rate,
+            trials=answers.trials,
+            checkpoint_digest=self.trained.digest,
+            copies=sum(part.copies.copies for part in parts),
+            made=sum(part.samples.count for part in parts),
+            notes=[*self._notes(answers, test[tested])],
+        )
+        self._publish(result, context)
+        return result
+
+    def _notes(self, answers: Answers, labels: NDArray[np.int64]) -> Iterator[str]:
+        by_arm = answers.by_arm
+        classes = len(self.manifest.class_names)
+        plain = compare(by_arm[AUGMENTED], {REAL: by_arm[REAL]}, labels, num_classes=classes)
+        if plain.grade == "helps":
+            better = f"{plain.gain.signed} points"
+            yield f"real images are better without augmentation: {better}; what is compared has it on both sides"
+        if answers.updates == self.wish.updates:
+            yield f"classifiers gained until the last of utility.updates = {answers.updates:,}: more may gain more"
+
+    def _publish(self, result: UtilityResult, context: Context) -> None:
+        """Write the files of the result, and tell MLflow."""
+        tracked, gain = context.tracked, result.gain
+        storage.write_json(result.uri, storage.relative_uris(result.plain(), context.folder.root), indent=1)
+        storage.write_bytes(result.plot, to_png(utility_figure(result)))
+        metrics = {"utility/gain": gain.value, "utility/gain_low": gain.low, "utility/gain_high": gain.high}
+        metrics |= {f"utility/{arm.name}": arm.balanced_accuracy.value for arm in result.arms}
+        for each in (tracked, tracked.parent):
+            each.log_metrics(metrics)
+        tracked.parent.set_tags({"utility": result.sentence})
+        for file in (result.uri, result.plot):
+            tracked.log_file(file)
 
 
 def _doubt(config: Config, trained: TrainedNetwork, folder: RunFolder) -> str:
@@ -201,42 +235,48 @@ def _doubt(config: Config, trained: TrainedNetwork, folder: RunFolder) -> str:
     return doubt if unknown else ""
 
 
-def ask(
-    lesson: Lesson, labels: NDArray[np.int64], wish: UtilityConfig, *, made: Images, runner: Runner, progress: Progress
-) -> Asked:
+def train_arms(
+    job: ClassifierJob,
+    labels: NDArray[np.int64],
+    wish: UtilityConfig,
+    *,
+    made: Images,
+    runner: Runner,
+    progress: Progress,
+) -> Answers:
     """Train the classifiers of all arms that are missing, on training images of these labels and those `made`.
 
     These are the generated images of all classes, one class after the other.
     """
 
-    def learned(lessons: Sequence[Lesson], unit: str) -> list[NDArray[np.int64]]:
+    def answers_of(jobs: Sequence[ClassifierJob], unit: str) -> list[NDArray[np.int64]]:
         """The answers of each classifier; only those that are not stored yet are trained."""
-        missing = [lesson for lesson in lessons if not storage.exists(lesson.place)]
-        total, left = (sum(lesson.lengths[-1] for lesson in each) for each in (lessons, missing))
+        missing = [job for job in jobs if not storage.exists(job.place)]
+        total, left = (sum(job.lengths[-1] for job in each) for each in (jobs, missing))
         progress.start(total, unit, done=total - left)
         if missing:  # else the images need not go to the nodes
-            told: Iterator[tuple[Lesson, int]] = runner(partial(learn, made=made), missing, gpu=True)
+            told: Iterator[tuple[ClassifierJob, int]] = runner(partial(train_classifier, made=made), missing, gpu=True)
             for _, updates in told:
                 progress.advance(updates)
-        return [storage.read_array(lesson.place) for lesson in lessons]
+        return [storage.read_array(job.place) for job in jobs]
 
-    rate, updates, trials = _rate_and_length(lesson, labels, wish, learned=learned)
-    arms = list(_arms(labels, lesson.generated, wish.ratios))
-    lessons = [
+    rate, updates, trials = _rate_and_length(job, labels, wish, answers_of=answers_of)
+    arms = list(_arms(labels, job.generated, wish.ratios))
+    jobs = [
         replace(
-            lesson,
+            job,
             rate=rate,
             lengths=(updates,),
             parts=arm.parts,
             augmented=arm.augmented,
             seed=seed,
-            place=storage.join(lesson.place, f"{arm.name}-{seed}.npy"),
+            place=storage.join(job.place, f"{arm.name}-{seed}.npy"),
         )
         for arm in arms
         for seed in range(wish.seeds)
     ]
-    found = np.reshape(learned(lessons, "updates"), (len(arms), wish.seeds, -1))
-    return Asked(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
+    found = np.reshape(answers_of(jobs, "updates"), (len(arms), wish.seeds, -1))
+    return Answers(arms, dict(zip([arm.name for arm in arms], found, strict=True)), rate, updates, trials)
 
 
 def _arms(labels: NDArray[np.int64], generated: Sequence[int], ratios: Sequence[float]) -> Iterator[Arm]:
@@ -244,12 +284,12 @@ def _arms(labels: NDArray[np.int64], generated: Sequence[int], ratios: Sequence[
     by_class = [np.flatnonzero(labels == label) for label in range(len(generated))]
     counts, starts = np.array([len(own) for own in by_class]), np.cumsum([0, *generated])
 
-    def first(wanted: NDArray[np.int64]) -> Part:
+    def first(wanted: NDArray[np.int64]) -> Portion:
         """The first generated images of each class, as far as they are there."""
         ends = np.minimum(starts[:-1] + wanted, starts[1:])
-        return Part("generated", np.concatenate([*map(np.arange, starts[:-1], ends)]), draw=1)
+        return Portion("generated", np.concatenate([*map(np.arange, starts[:-1], ends)]), draw=1)
 
-    real = Part("train", np.concatenate(by_class), draw=0)
+    real = Portion("train", np.concatenate(by_class), draw=0)
     yield Arm(REAL, [real], augmented=False)
     yield Arm(AUGMENTED, [real])
     if starts[-1]:
@@ -260,17 +300,17 @@ def _arms(labels: NDArray[np.int64], generated: Sequence[int], ratios: Sequence[
         missing, again = counts.max() - counts, []
         for k in range(1, math.ceil(counts.max() / counts.min())):  # image after image, class by class
             rows = [own[: max(0, lack - (k - 1) * len(own))] for own, lack in zip(by_class, missing, strict=True)]
-            again.append(Part("train", np.concatenate(rows), draw=1 + k))
+            again.append(Portion("train", np.concatenate(rows), draw=1 + k))
         yield Arm(OVERSAMPLED, [real, *again])
         yield Arm(FILLED, [real, first(missing)])
 
 
 def _rate_and_length(
-    lesson: Lesson,
+    job: ClassifierJob,
     labels: NDArray[np.int64],
     wish: UtilityConfig,
     *,
-    learned: Callable[[Sequence[Lesson], str], list[NDArray[np.int64]]],
+    answers_of: Callable[[Sequence[ClassifierJob], str], list[NDArray[np.int64]]],
 ) -> tuple[float, int, list[dict[str, Any]]]:
     """The rate and the number of updates of all arms, and every trial.
 
@@ -278,19 +318,21 @@ def _rate_and_length(
     equal ones the shortest training.
     """
     order = np.random.default_rng(COMMON_SEED).permutation(len(labels))
-    by_class = [order[labels[order] == label] for label in range(lesson.num_classes)]
-    asked = np.sort(np.concatenate([own[: math.ceil(len(own) / HELD_OUT)] for own in by_class]))
-    rest = Part("train", np.setdiff1d(np.flatnonzero(labels >= 0), asked), draw=0)
+    by_class = [order[labels[order] == label] for label in range(job.num_classes)]
+    judged = np.sort(np.concatenate([own[: math.ceil(len(own) / HELD_OUT)] for own in by_class]))
+    rest = Portion("train", np.setdiff1d(np.flatnonzero(labels >= 0), judged), draw=0)
     lengths = tuple(sorted({max(1, wish.updates // part) for part in (8, 4, 2, 1)}))
-    lesson = replace(lesson, generated=(), parts=[rest], lengths=lengths, split="train", asked=asked)
-    lessons = [
-        replace(lesson, rate=rate, seed=seed, place=storage.join(lesson.place, f"trial-{rate:g}-{seed}.npy"))
+    job = replace(job, generated=(), parts=[rest], lengths=lengths, split="train", judged=judged)
+    jobs = [
+        replace(job, rate=rate, seed=seed, place=storage.join(job.place, f"trial-{rate:g}-{seed}.npy"))
         for rate in RATES
         for seed in range(TRIED)
     ]
-    found = learned(lessons, "trial updates")
-    right = np.reshape(found, (len(RATES), TRIED, len(lengths), len(asked))) == labels[asked]
-    balanced = np.mean([right[..., labels[asked] == label].mean(axis=(1, 3)) for label in range(len(by_class))], axis=0)
+    found = answers_of(jobs, "trial updates")
+    right = np.reshape(found, (len(RATES), TRIED, len(lengths), len(judged))) == labels[judged]
+    balanced = np.mean(
+        [right[..., labels[judged] == label].mean(axis=(1, 3)) for label in range(len(by_class))], axis=0
+    )
     trials = [
         {"rate": rate, "updates": length, "balanced_accuracy": 100 * float(balanced[r, k])}
         for r, rate in enumerate(RATES)

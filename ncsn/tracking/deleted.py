@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ncsn.runs.results import SampleResult
 from ncsn.tracking.client import tag_filter
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def sampled_runs(client: MlflowClient, root: str) -> set[str]:
     """The runs of the store at `root` whose samples this MLflow knows, deleted or not."""
     from mlflow.entities import ViewType
 
-    found = _runs(client, {"ncsn.root": root, "ncsn.step": "sample"}, ViewType.ALL)
+    found = _runs(client, {"ncsn.root": root, "ncsn.step": SampleResult.step}, ViewType.ALL)
     return {run.data.tags.get("ncsn.run", "") for run in found}
 
 

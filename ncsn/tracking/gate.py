@@ -10,8 +10,9 @@ from functools import lru_cache, partial
 
 from pydantic import TypeAdapter, ValidationError
 
-from ncsn.evaluation import DEVIATIONS, with_interval
+from ncsn.evaluation import DEVIATIONS
 from ncsn.evaluation.copies import Copies
+from ncsn.runs.metrics import with_interval
 
 
 @dataclass(frozen=True)

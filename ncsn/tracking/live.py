@@ -18,8 +18,8 @@ from PIL import Image
 
 from ncsn import storage
 from ncsn.errors import without_users
-from ncsn.runs.folder import RunFolder
 from ncsn.runs.history import PREVIEW, load_history
+from ncsn.runs.layout import RunFolder
 from ncsn.tracking.client import client_at, one_line
 
 if TYPE_CHECKING:

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
+from ncsn.clock import now_ms
 from ncsn.config import Config, flatten, to_yaml
 from ncsn.config.schema import TERMS
-from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID, now_ms
+from ncsn.environment import CODE, CONTAINER_IMAGE, IMAGE_VARIABLE, KFP_RUN_ID
 from ncsn.errors import without_users
 from ncsn.runs.code import origin
-from ncsn.runs.folder import RunFolder, cost_of, read_outcome, read_step, spent, state_after, total_cost, update_step
 from ncsn.runs.history import RATE
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import cost_of, read_attempt, read_outcome, spent, state_after, total_cost, update_attempt
+from ncsn.runs.steps import FIRST, STEP_TABLE
 from ncsn.tracking.client import (
     VIEW,
     Connection,
@@ -48,21 +51,11 @@ if TYPE_CHECKING:
 
 
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36  # MLflow's limits
-FIRST_STEP = "ingest"
 NOTE = "mlflow.note.content"  # tag with the description of a run, Markdown
 PARENT = "mlflow.parentRunId"
 CONTINUE_FROM = "ncsn.continue_from"  # URI of the run whose state training went on with
 INIT_FROM = "ncsn.init_from"  # weights that training started from: models:/NAME/VERSION/DIGEST, or URI/DIGEST
 ADOPTED = "MLFLOW_RUN_ID"  # variable with the run of the whole pipeline, if others have opened it
-CURVES = "train"  # the step that has curves and previews
-PLACES = ("compute", "storage", "tracking")  # sections of the config that do not change a result
-# Sections that a step does not use.
-UNUSED_SECTIONS = {
-    "ingest": ("search", "select", "sampling", "evaluation"),
-    "search": ("select",),
-    "train": ("search", "select", "sampling", "evaluation"),
-    "select": ("search",),
-}
 OUTAGE_SECONDS = 180.0  # how long a step waits for a server that the first one has reached, at its start and end
 
 _logger = logging.getLogger(__name__)
@@ -117,24 +110,23 @@ class StepRun(Connection):
 def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
     """The MLflow run of one step, which ends with the block; the block's seconds are added to those of the step.
 
-    It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that the step uses. If
+    It is identified by `storage.root`, the name of the pipeline run, the step, and the settings that decide it. If
     `MLFLOW_RUN_ID` is set, as KFP's MLflow plugin does, that run is the parent, which stays open.
     """
     from mlflow.exceptions import MlflowException
 
-    connection = connect(config, patience=0 if step == FIRST_STEP else OUTAGE_SECONDS)
-    client, folder = connection.client, RunFolder(storage.absolute(config.storage.root), run)
+    declared, folder = STEP_TABLE[step], RunFolder(storage.absolute(config.storage.root), run)
+    connection = connect(config, patience=0 if step == FIRST else OUTAGE_SECONDS)
+    client = connection.client
     with mlflow_errors(connection.uri):
         params, whole = flatten(config), _identity(folder, part="run")
         parent = _adopted(client) or _open(connection, whole, name=run, params=params, tags=provenance("ncsn run"))
         if (pipeline := read_outcome(folder)) and not os.environ.get(ADOPTED):  # this is a single step after it
             client.update_run(parent.info.run_id, status=pipeline.status)
         set_tags(client, parent.info.run_id, _identity(folder))
-        # A digest of what can change a result: other settings are another run, another machine is not.
-        unused = {*PLACES, *UNUSED_SECTIONS.get(step, ("search", "select"))}
-        without: Any = {**dict.fromkeys(unused, True), "data": TERMS}
-        decides = storage.relative_uris(config.model_dump(mode="json", exclude=without), folder.root)
-        digest = storage.digest(decides, 16)
+        # Other settings of what decides the result are another run.
+        decides = config.model_dump(mode="json", include={*declared.decided_by}, exclude={"data": TERMS})
+        digest = storage.digest(storage.relative_uris(decides, folder.root), 16)
         tags = {PARENT: parent.info.run_id, **provenance(f"ncsn {step}")}
         connection = replace(connection, experiment_id=parent.info.experiment_id)
         child = _open(connection, _identity(folder, step=step, config=digest), name=step, params=params, tags=tags)
@@ -142,8 +134,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
             client.log_text(each.info.run_id, to_yaml(config), "config.yaml")
         ids = child.info.experiment_id, child.info.run_id, parent.info.run_id
         tracked = StepRun(client, connection.uri, *ids, folder)
-        update_step(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
-        if step == CURVES:
+        update_attempt(folder, step, mlflow={"run_id": tracked.run_id, "parent_run_id": tracked.parent_run_id})
+        if declared.curves:
             send_missing(client, tracked.run_id, folder)  # of an attempt that was killed
     started, status = time.time(), "FINISHED"
     try:
@@ -152,8 +144,8 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
                 yield tracked
             finally:
                 with suppress(OSError):  # a full disk must not hide the first error
-                    seconds = read_step(folder, step).seconds + time.time() - started
-                    update_step(folder, step, seconds=round(seconds, 3))
+                    seconds = read_attempt(folder, step).seconds + time.time() - started
+                    update_attempt(folder, step, seconds=round(seconds, 3))
     except BaseException as error:
         status = state_after(error)
         raise
@@ -162,9 +154,9 @@ def step_run(config: Config, *, run: str, step: str) -> Iterator[StepRun]:
         ended = now_ms()
         try:
             client = connect(config, patience=OUTAGE_SECONDS if status == "FINISHED" else 0).client
-            if step == CURVES:
+            if declared.curves:
                 send_missing(client, tracked.run_id, folder)
-            own = cost_of(config, step, read_step(folder, step).seconds)
+            own = cost_of(config, step, read_attempt(folder, step).seconds)
             whole_cost = total_cost(spent(config, folder).values())
             for run_id, cost in ((tracked.run_id, own), (tracked.parent_run_id, whole_cost)):
                 set_tags(client, run_id, {f"cost.{name}": f"{value:.6g}" for name, value in cost._asdict().items()})
@@ -305,7 +297,8 @@ def close_run(config: Config, *, run: str, status: str, tags: Mapping[str, str])
         set_tags(client, parent.run_id, tags)
         for step in search_runs(client, parent.experiment_id, {PARENT: parent.run_id}):
             if step.info.status == "RUNNING":
-                if step.data.tags.get("ncsn.step") == CURVES:
+                declared = STEP_TABLE.get(step.data.tags.get("ncsn.step", ""))
+                if declared is not None and declared.curves:
                     send_missing(client, step.info.run_id, folder)
                 client.set_terminated(step.info.run_id, "KILLED" if status == "FINISHED" else status)
         if not adopted:

@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ncsn.clock import utc_now
 from ncsn.config.schema import SCHEME
-from ncsn.environment import utc_now
 from ncsn.errors import UserError, without_users
 from ncsn.events import tell
-from ncsn.runs.folder import INDEX
+from ncsn.runs.layout import INDEX
 from ncsn.tracking.client import TrackingError, one_line
 from ncsn.tracking.gate import Decision, Evidence, decide
 

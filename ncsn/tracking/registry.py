@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncsn import storage
-from ncsn.environment import now_ms
+from ncsn.clock import now_ms
 from ncsn.events import tell
 from ncsn.model.checkpoint import TrainedNetwork, save_network
 from ncsn.model.generate import sampling_facts

@@ -18,18 +18,18 @@ from functools import partial
 import torch
 
 from ncsn import storage
+from ncsn.clock import now_ms
 from ncsn.config import Config, decay_begins
 from ncsn.core.training import train_step
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_training_images
-from ncsn.environment import now_ms
 from ncsn.errors import UserError
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
 from ncsn.progress import Progress
-from ncsn.runs.folder import BEFORE_DECAY, RESUME, folder_name, images_seen_at
 from ncsn.runs.history import load_history
+from ncsn.runs.layout import BEFORE_DECAY, RESUME, folder_name, images_seen_at
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.storage.retry import limited
 from ncsn.training.batches import DrawnBatch, classes_of, draw_batch, image_moments

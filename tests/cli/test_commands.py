@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from urllib.request import urlopen
 
 import pytest
+from do import recorded
 from filelock import FileLock
 from ports import free_port
 
@@ -21,7 +22,7 @@ from ncsn.cli.registry import require_free
 from ncsn.cli.run import run_select
 from ncsn.cli.target import TargetOptions
 from ncsn.config import from_yaml
-from ncsn.runs.folder import Run, update_step
+from ncsn.runs.run import Run
 
 
 def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, config_file: Path, store: Path) -> None:
@@ -30,7 +31,7 @@ def test_a_step_prints_its_result_and_the_second_call_finds_it(run_command, conf
     result, run = json.loads(first.stdout), TargetOptions(str(config_file)).resolve().name
     assert result["counts"] == {"train": 1258, "test": 539}
     assert Path(result["uri"], "manifest.json").is_file()
-    record = store / "runs" / run / "steps" / "ingest" / "step.json"
+    record = store / "runs" / run / "steps" / "ingest" / "result.json"
     written = record.stat().st_mtime_ns
     second = run_command("ingest", "--run", run, "--set", f"storage.root={store}")
     assert second.returncode == 0, second.stderr
@@ -117,14 +118,12 @@ def test_one_run_is_not_trained_twice_at_once(run_command, require_mistake, conf
 
 @pytest.mark.parametrize("kept", [["/c/1"], []])
 def test_a_select_that_was_stopped_goes_on_with_what_it_chose(config_file, monkeypatch, kept) -> None:
-    update_step(
-        (run := Run(from_yaml(config_file.read_text()), "mine")).folder, "sample", result={"checkpoint": "/c/1"}
-    )
+    recorded((run := Run(from_yaml(config_file.read_text()), "mine")).folder, "sample", result={"checkpoint": "/c/1"})
     done = list[str]()
 
     def run_step(step: str, *_: object, **__: object) -> SimpleNamespace:
         done.append(step)
-        return SimpleNamespace(kept=kept, checkpoint="/c/1")
+        return SimpleNamespace(step=step, kept=kept, checkpoint="/c/1")
 
     monkeypatch.setattr("ncsn.cli.run.run_step", run_step)
     monkeypatch.setattr("ncsn.cli.run.describe_result", lambda *_: "")

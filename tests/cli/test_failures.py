@@ -183,4 +183,4 @@ def test_a_command_names_the_extra_that_it_lacks_and_the_others_do_without(extra
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == (2 if extra else 0), done.stderr
     assert done.stderr.count("\n") == (1 if extra else 0) and (extra is None or f"ncsn[{extra}]" in done.stderr)
-    assert not list(tmp_path.rglob("step.json")), "nothing is half-written"
+    assert not list(tmp_path.rglob("attempt.json")), "nothing is half-written"

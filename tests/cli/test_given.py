@@ -23,7 +23,7 @@ from ncsn.config.load import NOT_OF_MODELS
 from ncsn.config.schema import EvaluationConfig, TrackingConfig
 from ncsn.data.format import FORMAT_VERSION, MANIFEST, load_manifest
 from ncsn.model.checkpoint import INDEX, load_checkpoint, save_network, sha256
-from ncsn.runs.folder import RunFolder
+from ncsn.runs.layout import RunFolder
 from ncsn.steps import address
 from ncsn.steps.elsewhere import remote_step
 from ncsn.steps.search import trainable
@@ -129,7 +129,7 @@ def test_a_tag_of_mlflow_makes_no_path(tmp_path, model, monkeypatch, tag, value)
     monkeypatch.setattr(address, "_fetch", lambda *_: model)
     before = {*tmp_path.rglob("*")}
     with refused("key" if tag != "state" else "models:/pets/1"):
-        address.resolve("models:/pets/1", key="key", root=f"{tmp_path}/.ncsn").opened()
+        address.resolve("models:/pets/1", key="key", root=f"{tmp_path}/.ncsn").as_run()
     assert {*tmp_path.rglob("*")} == before
 
 

@@ -83,8 +83,8 @@ def test_small_classes_and_mirroring_are_as_answered(place) -> None:
             darker.save(place / name / f"{number} {copy}.png")
         file.unlink()
     asked: list[object] = []
-    asks = write.Asks(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
-    written = write.from_images(str(place), "x.yaml", seconds=300, overrides=["data.image_size=8"], asks=asks)
+    questions = write.Questions(left_out=lambda classes: asked.append(classes) is None, mirrored=mirrored)
+    written = write.from_images(str(place), "x.yaml", seconds=300, overrides=["data.image_size=8"], questions=questions)
     data = from_yaml(Path("x.yaml").read_text()).data
     assert asked == ["3 c, 3 d", (37 * 25, 19 * 25)] and data.leave_out == ("c", "d")
     assert written.found.num_images == 120 and written.found.class_names == ("a", "b")

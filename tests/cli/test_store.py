@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from do import result_of
+from do import recorded, result_of
 from rich.console import Console
 
-from ncsn.runs.folder import RunFolder, update_step
+from ncsn.runs.layout import RunFolder
 from ncsn.tracking.client import client_at
 
 OLD = time.time() - 30 * 86400
@@ -24,7 +24,7 @@ def ncsn(run_in_process, store: Path) -> Callable[..., Result]:
     """A command on a store with a run of a month ago and a dataset that nothing refers to."""
     client_at(f"sqlite:///{store}/mlflow.db")
     folder, unused = RunFolder(str(store), "mine"), store / "datasets" / "digits" / "0123456789abcdef"
-    update_step(folder, "train", state="FAILED", reads={"dataset": f"{store}/datasets/digits/another"})
+    recorded(folder, "train", state="FAILED", reads={"dataset": f"{store}/datasets/digits/another"})
     Path(folder.config).write_text("name: mine")
     unused.mkdir(parents=True)
     (unused / "manifest.json").write_bytes(b"1" * 2500)
@@ -45,10 +45,10 @@ def test_ls_has_a_line_for_each_run_and_its_number(ncsn, store: Path, monkeypatc
     shown = json.loads(ncsn("show", "mine", "--json").output)
     assert [each["name"] for each in shown["items"]] == ["mine"]
     found = result_of("select", sentence="f" * 150)
-    update_step(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
+    recorded(RunFolder(str(store), "mine"), "select", state="FINISHED", result=found)
     for command in (["ls"], ["show", "mine"]):
         assert "f" * 150 in ncsn(*command).output, "nothing that is piped is cut or wrapped"
-    update_step(RunFolder(str(store), "classes-ff9ba0c1d2e3-again"), "select", state="FINISHED", result=found)
+    recorded(RunFolder(str(store), "classes-ff9ba0c1d2e3-again"), "select", state="FINISHED", result=found)
     monkeypatch.setattr("ncsn.cli.console.console_on", lambda stream: Console(file=stream, width=80))
     lines = ncsn("ls").output.splitlines()
     assert [len(line) <= 80 for line in lines[:-1]] == [True] * 3, "on a terminal, a head and a line for each"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from do import claimed
+from do import claimed, recorded
 from refused import refused
 
 from ncsn import storage
 from ncsn.cli.target import TargetOptions
 from ncsn.errors import ConfigError, NotFound
-from ncsn.runs.folder import find_inputs, update_step
+from ncsn.runs.run import find_inputs
 
 
 def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> None:
@@ -25,7 +25,7 @@ def test_the_run_name_depends_on_what_decides_the_weights(config_file: Path) -> 
 
 
 def test_a_run_is_where_its_store_is_now(config_file: Path, store: Path, tmp_path: Path) -> None:
-    update_step(claimed(TargetOptions(str(config_file)).resolve().config, "mine"), "ingest", state="RUNNING")
+    recorded(claimed(TargetOptions(str(config_file)).resolve().config, "mine"), "ingest", state="RUNNING")
     moved = store.rename(tmp_path / "moved")
     checkpoint = moved / "runs/mine/checkpoints/images-000000160"
     storage.write_text(str(checkpoint / "checkpoint.json"), "{}")
@@ -95,7 +95,7 @@ def test_inputs_are_the_given_ones_else_those_of_the_run(config_file: Path) -> N
     folder = claimed(config, "mine")
 
     def finish(step: str, *, at: str = "2026-01-01", **result: str) -> None:
-        update_step(folder, step, state="FINISHED", result=result, finished_at=at)
+        recorded(folder, step, state="FINISHED", result=result, finished_at=at)
 
     finish("ingest", uri="/data/set")
     finish("sample", uri="/samples", checkpoint="/selected")

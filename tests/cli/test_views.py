@@ -21,7 +21,9 @@ from ncsn.cli.target import TargetOptions
 from ncsn.config import flatten, from_yaml
 from ncsn.init.draft import documented_yaml
 from ncsn.progress import Progress, say
-from ncsn.runs.folder import RunFolder, StepRecord
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import Finished
+from ncsn.runs.steps import STEP_TABLE
 
 SHOWN: dict[str, dict[str, Any]] = {
     "ingest": {"digest": "0123456789abcdef", "counts": {"train": 1258, "test": 539}},
@@ -55,7 +57,8 @@ def test_help_lists_each_command_in_one_of_four_groups() -> None:
     text = CliRunner().invoke(app, ["--help"], prog_name="ncsn", terminal_width=100).output
     _, *groups = re.split(r"^(?:Start|Steps|Results|Cluster):$", text[text.index("Options:") :], flags=re.MULTILINE)
     names = [re.findall(r"^  ([a-z-]+) {2,}", group, flags=re.MULTILINE) for group in groups]
-    assert sorted(name for group in names for name in group) == sorted(app.commands)
+    shown = [name for group in names for name in group]
+    assert sorted(shown) == sorted({*app.commands, *STEP_TABLE})
     assert len(names) == 4 and len(names[0]) == 9 and names[0][:2] == ["init", "run"]
 
 
@@ -63,8 +66,7 @@ def test_a_summary_has_scores_next_to_real_images_and_what_comes_next(config_fil
     config = TargetOptions(str(config_file), ("storage.root=/store",)).resolve().config
     folder = RunFolder("/store", "mine")
     records = {
-        step: StepRecord(result=result_of(step, **known), seconds=10.0, finished_at="2026-01-01")
-        for step, known in SHOWN.items()
+        step: Finished(step, {}, result_of(step, **known), "2026-01-01", seconds=10.0) for step, known in SHOWN.items()
     }
     print_summary(console_on(stream := io.StringIO()), folder, config, records)
     text = stream.getvalue()

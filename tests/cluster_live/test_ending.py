@@ -77,7 +77,7 @@ def test_max_hours_ends_a_training_that_has_begun(place: Place, dataset: str) ->
     assert code == 1, command.said[-3000:]
     assert "DeadlineExceeded" in command.said
     eventually(lambda: not place.namespace.pods_at_work(WORKERS), "the worker is gone", seconds=60)
-    record = place.stored(f"runs/{RUN}/steps/train/step.json")
+    record = place.stored(f"runs/{RUN}/steps/train/attempt.json")
     assert record["state"] == "FAILED" and "DeadlineExceeded" in record["error"]["message"]
     assert place.checkpoints(RUN)
     assert f"runs/{RUN}/steps/train/log.txt" in record["error"]["message"]
@@ -117,7 +117,7 @@ def test_without_its_launcher_training_ends_by_the_lease(place: Place, dataset: 
     assert (status["jobDeploymentStatus"], status["jobStatus"], status.get("failed", 0)) == ("Complete", "SUCCEEDED", 0)
     clusters = {each["metadata"]["name"] for each in place.namespace.get("rayclusters.ray.io")["items"]}
     assert clusters <= {before["metadata"]["name"]}, "no second cluster was started"
-    record = place.stored(f"runs/{RUN}/steps/train/step.json")
+    record = place.stored(f"runs/{RUN}/steps/train/attempt.json")
     assert (record["state"], record["error"]["kind"]) == ("KILLED", "LeaseExpired")
 
 

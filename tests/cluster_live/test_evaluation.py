@@ -17,10 +17,10 @@ def test_images_and_figures_survive_the_loss_of_a_pod(place: Place, dataset: str
 
     with place.commands.running("sample", "--json", *options) as sampling:
         eventually(lambda: shards(place) or sampling.ended, "there is a shard", seconds=300)
-        record = place.stored(f"runs/{RUN}/steps/sample/step.json")
+        record = place.stored(f"runs/{RUN}/steps/sample/attempt.json")
         other = place.commands.run("sample", *options, "--set", "sampling.seed=9", seconds=120, code=2)
         assert f"ncsn-{RUN}-sample" in other.said, other.said[-3000:]
-        assert place.stored(f"runs/{RUN}/steps/sample/step.json") == record, "it changes nothing of the first one's"
+        assert place.stored(f"runs/{RUN}/steps/sample/attempt.json") == record, "it changes nothing of the first one's"
         before = shards(place)
         (head,) = place.namespace.pods(HEADS)
         place.namespace.delete("pod", head["metadata"]["name"], "--grace-period=1")
@@ -38,7 +38,7 @@ def test_images_and_figures_survive_the_loss_of_a_pod(place: Place, dataset: str
     result = evaluation.result()
     assert (result["num_images"], result["num_real_images"]) == (256, 539)
     assert result["gate"]["num_images"] == 256 and result["gate"]["value"] > 0
-    assert place.stored(f"runs/{RUN}/steps/evaluate/step.json")["error"] is None
+    assert place.stored(f"runs/{RUN}/steps/evaluate/attempt.json")["error"] is None
     assert not [name for name in place.files(f"runs/{RUN}/evaluation") if ".features-" in name]
     eventually(place.namespace.is_empty, "the RayJobs and their pods are gone", seconds=120)
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from do import ALWAYS
 from edited_clone import SAYS, clone
 from live import BUCKET, ENDED, NAMESPACE, Kubeflow, Place, eventually, kubectl
 
 from ncsn.environment import CODE
-from ncsn.runs.steps import STEPS
 
 ENDLESS = {"train.num_images": 20_000_000, "train.checkpoint_every_images": 25600}
 ENDLESS_SAMPLES = {"sampling.num_images": 100_000, "sampling.sampler.steps_per_level": 60}
@@ -34,8 +34,8 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     assert pipelines.tracked(run) == {"FINISHED"}
     assert not pipelines.at_work(run)
     worked = kubeflow.worked_tasks(first)
-    assert worked >= {*STEPS, "utility"}
-    compared = pipelines.stored(f"runs/{run}/steps/utility/step.json")["result"]
+    assert worked >= {*ALWAYS, "utility"}
+    compared = pipelines.stored(f"runs/{run}/steps/utility/result.json")["values"]
     assert compared["grade"] and len(compared["arms"]) == 4 and compared["made"] >= 315
 
     second = pipelines.commands.run("submit", *options, seconds=900).result()["id"]
@@ -47,25 +47,25 @@ def test_a_run_succeeds_the_same_again_comes_from_the_cache_and_its_model_is_sam
     listed = pipelines.commands.run("ls", *store, seconds=300).result()
     assert next(each["state"] for each in listed["runs"] if each["name"] == run) == "FINISHED"
     (shown,) = pipelines.commands.run("show", run, *store, seconds=300).result()["items"]
-    assert {*STEPS, "utility"} <= shown["facts"].keys()
+    assert {*ALWAYS, "utility"} <= shown["facts"].keys()
     found = pipelines.commands.run("cleanup", *store, seconds=600).result()
     assert not [each for each in found["items"] if f"/runs/{run}/" in each["uri"]], "all of it is young"
 
-    model = pipelines.stored(f"runs/{run}/steps/register/step.json")["result"]["uri"]
+    model = pipelines.stored(f"runs/{run}/steps/register/result.json")["values"]["uri"]
     asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "sampling.num_images=32")
     asked += ("--pipeline", "sample", "--param", f"model={model}", "--param", "evaluated=true", "--run", run)
     third = pipelines.commands.run("submit", "--json", "--wait", *asked, seconds=1500).result()["id"]
     assert kubeflow.run(third)["state"] == "SUCCEEDED"
     (opened,) = {name.partition("/")[0] for name in pipelines.files("runs")} - {run}
-    assert pipelines.stored(f"runs/{opened}/steps/sample/step.json")["result"]["num_images"] == 32
-    measured = pipelines.stored(f"runs/{opened}/steps/evaluate/step.json")["result"]
+    assert pipelines.stored(f"runs/{opened}/steps/sample/result.json")["values"]["num_images"] == 32
+    measured = pipelines.stored(f"runs/{opened}/steps/evaluate/result.json")["values"]
     assert measured["num_images"] == 32 and measured["gate"]["value"] > 0
 
     asked = ("--set", f"storage.root=s3://{BUCKET}/{pipelines.prefix}", "--set", "export.per_class=2")
     asked += ("--pipeline", "synthesize", "--param", f"model={model}", "--run", run)
     fourth = pipelines.commands.run("submit", "--json", "--wait", *asked, seconds=1500).result()["id"]
     assert kubeflow.run(fourth)["state"] == "SUCCEEDED"
-    exported = pipelines.stored(f"runs/{opened}/steps/export/step.json")["result"]
+    exported = pipelines.stored(f"runs/{opened}/steps/export/result.json")["values"]
     assert exported["counts"] == {str(digit): 2 for digit in range(10)}
     (card,) = (name for name in pipelines.files(f"runs/{opened}/exports") if name.endswith("README.md"))
     said = pipelines.text(f"runs/{opened}/exports/{card}")
@@ -134,7 +134,7 @@ def test_a_pipeline_runs_the_edited_code_of_a_clone(pipelines: Place, kubeflow: 
     # Of a launcher that has the right one, so that the driver finds it.
     done = edited.ncsn("sample", *options, env={**os.environ, **pipelines.environment, CODE: code})
     assert done.returncode == 2 and "--code" in done.stderr, done.stderr
-    assert pipelines.stored(f"runs/{run}/steps/sample/step.json")["error"]["problems"][0]["key"] == "--code"
+    assert pipelines.stored(f"runs/{run}/steps/sample/attempt.json")["error"]["problems"][0]["key"] == "--code"
     eventually(lambda: not pipelines.at_work(run), "nothing of the run is left", seconds=240)
 
 

@@ -17,7 +17,7 @@ def test_it_trains_and_leaves_nothing_behind(place: Place, dataset: str) -> None
     command = place.commands.run("train", "--json", *place.options(), "--run", RUN, "--dataset", dataset, seconds=600)
     result = command.result()
     assert result["images_seen"] == 12800 and 0 < result["loss"] < 1
-    assert result == place.stored(f"runs/{RUN}/steps/train/step.json")["result"]
+    assert result == place.stored(f"runs/{RUN}/steps/train/result.json")["values"]
     assert result["checkpoint"].rpartition("/")[2] in place.checkpoints(RUN)
     assert f"run {RUN}" in place.text(f"runs/{RUN}/steps/train/log.txt")
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)
@@ -61,5 +61,5 @@ def test_after_the_loss_of_a_pod_training_goes_on_from_its_checkpoint(place: Pla
     assert len([line for line in told if lost["metadata"]["name"] in line]) == (kind == HEADS), told
     assert not re.search("code 1006|closed unexpectedly|No available node types", command.said)
     assert lowest >= min(kept, shown), "it began anew"
-    assert place.stored(f"runs/{RUN}/steps/train/step.json")["error"] is None
+    assert place.stored(f"runs/{RUN}/steps/train/attempt.json")["error"] is None
     eventually(place.namespace.is_empty, "the RayJob and its pods are gone", seconds=120)

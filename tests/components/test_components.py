@@ -14,7 +14,8 @@ from ncsn.config import from_yaml, to_json
 from ncsn.environment import KFP_RUN_ID
 from ncsn.errors import InvalidValue
 from ncsn.remote.manifest import TASK_CONFIG, task_config
-from ncsn.runs.folder import Outcome, read_outcome, run_folder
+from ncsn.runs.layout import run_folder
+from ncsn.runs.record import Outcome, read_outcome
 
 DIGITS = (Path(__file__).parents[2] / "configs" / "digits.yaml").read_text()
 
@@ -27,7 +28,7 @@ def failing_task(config: str, error: Exception, tried: list[str]) -> None:
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ncsn.steps.ingest.ingest", fail)
+        patch.setattr("ncsn.steps.ingest.Ingest.work", fail)
         run_task("ingest", config, "mine")
 
 

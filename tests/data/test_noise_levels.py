@@ -20,7 +20,7 @@ from ncsn.data.format import load_manifest
 from ncsn.data.noise_levels import resolve_noise, sample_places, suggestions
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
-from ncsn.runs.folder import Run
+from ncsn.runs.run import Run
 from ncsn.steps.train import settle_noise
 
 

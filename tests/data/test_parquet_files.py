@@ -19,7 +19,7 @@ from ncsn import storage
 from ncsn.data.dataset import write_dataset
 from ncsn.data.format import read_split
 from ncsn.data.sources import open_source
-from ncsn.data.sources.parquet_files import place_of
+from ncsn.data.sources.parquet_files import split_of
 
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 NAMES = ["cat", "dog", "owl"]
@@ -78,7 +78,7 @@ def test_names_tell_the_splits():
     splits = {"data/valid-00000-of-00001-9a1b.parquet": "validation", "eval/train2017.PARQUET": "train"}
     none = "train_test.parquet", "trained/0000.parquet", "0000.parquet"
     for path, split in (splits | dict.fromkeys(none)).items():
-        assert place_of(path)[1] == split
+        assert split_of(path)[1] == split
 
 
 def test_folds_are_refused_and_one_of_them_is_not(tmp_path, source_of):

@@ -21,9 +21,9 @@ from ncsn.data.format import load_manifest
 from ncsn.model import build, trained
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
 from ncsn.model.generate import evaluations_per_image, generate
-from ncsn.runs.folder import run_folder
 from ncsn.runs.history import HELD_OUT_EDM, LOSS
-from ncsn.steps.train import require_start, start_of
+from ncsn.runs.layout import run_folder
+from ncsn.steps.train import start_of
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import Training, TrainingJob
 
@@ -124,9 +124,6 @@ def test_the_run_keeps_its_source_and_says_what_differs(tiny: str, dataset: str,
 def test_an_unfit_source_is_refused(tiny: str, dataset: str, source: str, tmp_path: Path, overrides: str) -> None:
     config = experiment(tiny, tmp_path, source, overrides)
     with refused("train.init_from"):
-        require_start(config, run_folder(config, "tuned"))
-    assert not (tmp_path / "runs").exists(), "the name is free for the corrected command"
-    with refused("train.init_from"):
         do("train", config, "tuned", dataset=dataset)
 
 
@@ -162,14 +159,14 @@ def test_consistency_tuning_resumes_bitwise_and_shows_its_own_objective(
 def test_guidance_is_taught_by_a_score_network_that_knows_classes(tiny, dataset, tmp_path, teacher) -> None:
     never = trained_by(tiny, dataset, tmp_path / "never", *CLASSES)
     blind = trained_by(tiny, dataset, tmp_path / "blind", *CLASSES[1:])
-    for source, overrides, key in (
-        (teacher, GUIDED, None),
-        (never, GUIDED, "loss.guidance"),  # it knows no images without a class
-        (blind, GUIDED[:1], "loss.pairs"),
-        (blind, (), None),
+    for name, source, overrides, key in (
+        ("guided", teacher, GUIDED, None),
+        ("never", never, GUIDED, "loss.guidance"),  # it knows no images without a class
+        ("pairs", blind, GUIDED[:1], "loss.pairs"),
+        ("blind", blind, (), None),
     ):
         config = experiment(tiny, tmp_path, source, *TUNED, *overrides)
         with nullcontext() if key is None else refused(key):
-            require_start(config, run_folder(config, "tuned"))
+            start_of(config, run_folder(config, name), load_manifest(dataset))
     frozen = trained.teacher(teacher, config=config, classes=None, device=torch.device("cpu"))
     assert not any([each.training for each in frozen.modules()] + [each.requires_grad for each in frozen.parameters()])

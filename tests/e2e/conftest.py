@@ -16,7 +16,8 @@ import pytest
 from experiments import tiny
 
 from ncsn.config import to_yaml
-from ncsn.runs.folder import RunFolder, read_step
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import read_finished
 
 SIZES = ("network.widths=[8, 8]", "train.batch_size=32", "train.num_images=640", "sampling.num_images=16")
 SIZES += ("train.checkpoint_every_images=320", "train.report_every_images=160", "sampling.batch_size=8")
@@ -72,7 +73,9 @@ class Workplace:
         return self.root / "runs" / run
 
     def result(self, run: str, step: str) -> dict[str, Any]:
-        return dict(read_step(RunFolder(str(self.root), run), step).result)
+        finished = read_finished(RunFolder(str(self.root), run), step)
+        assert finished is not None
+        return dict(finished.values)
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def where_it_continues(workplace, process: subprocess.Popen[str], run: str) -> i
     assert told, stderr
     saved = int(told[1].replace(",", ""))
     assert storage.list_names(str(workplace.folder(run) / "checkpoints")) == [f"resume-{saved:09d}"]
-    assert json.loads((workplace.folder(run) / "steps/train/step.json").read_text())["state"] == "KILLED"
+    assert json.loads((workplace.folder(run) / "steps/train/attempt.json").read_text())["state"] == "KILLED"
     workplace.wait_for_silence()
     return saved
 

@@ -35,7 +35,8 @@ from ncsn.distributed.cluster import ray_cluster
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.report.pages import render
 from ncsn.report.words import utility_sentence
-from ncsn.runs.folder import Outcome
+from ncsn.runs.metrics import Estimate
+from ncsn.runs.record import Outcome
 from ncsn.serving import app as serving
 from ncsn.tracking.client import client_at, tracking_uri
 
@@ -147,7 +148,7 @@ def test_names_stay_text_on_card_report_and_pages_of_kfp(
     report = Elements(Path(results["report"].uri).read_text())
     assert "script" not in report.tags and "onerror" not in report.given
     assert {name[:30] for name in NAMES} <= set(report.texts)
-    gain = {"value": 2.0, "low": 1.0, "high": 3.0}
+    gain = Estimate(2.0, 1.0, 3.0)
     for name in NAMES:
         said = utility_sentence("helps", gain, {name: gain}, used=1, wanted=1)
         publish_pictures(SimpleNamespace(path=tmp_path / "page.html"), {said: b"png"})

@@ -12,6 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from do import ALWAYS
 from PIL import Image
 from webhook import Receiver, receiver
 
@@ -19,8 +20,7 @@ from ncsn import ScoreModel, storage
 from ncsn.cli import app
 from ncsn.config import from_yaml
 from ncsn.data.samples import SampleSet
-from ncsn.runs.steps import STEPS
-from ncsn.steps.results import result_line
+from ncsn.runs.steps import STEP_TABLE
 from ncsn.tracking.client import client_at
 
 RUN = "mine"
@@ -41,8 +41,8 @@ def finished(workplace, told) -> subprocess.CompletedProcess[str]:
 
 def test_every_step_has_its_result_at_its_place_in_the_store(workplace, finished) -> None:
     printed, folder = json.loads(finished.stdout), workplace.folder(RUN)
-    assert (printed["run"], list(printed["steps"])) == (RUN, list(STEPS))
-    assert {step: workplace.result(RUN, step) for step in STEPS} == printed["steps"]
+    assert (printed["run"], list(printed["steps"])) == (RUN, ALWAYS)
+    assert {step: workplace.result(RUN, step) for step in ALWAYS} == printed["steps"]
     assert sorted(path.name for path in folder.glob("checkpoints/images-*")) == ["images-000000320", "images-000000640"]
     dataset = Path(workplace.result(RUN, "ingest")["uri"])
     assert dataset.parent.parent == workplace.root / "datasets"
@@ -56,7 +56,7 @@ def test_every_step_has_its_result_at_its_place_in_the_store(workplace, finished
     assert sampled["nfe"] == 4 * 2 + 1
     assert measured["metrics"]["eval/classifier_fid_n16"] > measured["real_metrics"]["eval/real_classifier_fid_n16"]
     page = Path(workplace.result(RUN, "report")["uri"]).read_text()
-    assert all(f"<strong>{step}</strong>" in page for step in STEPS[:-1]) and '<section id="training"' in page
+    assert all(f"<strong>{step}</strong>" in page for step in ALWAYS[:-1]) and '<section id="training"' in page
     workplace.wait_for_silence()
 
 
@@ -71,9 +71,9 @@ def test_a_run_tells_its_events(workplace, finished, told) -> None:
 def test_the_terminal_shows_steps_and_not_the_chatter(workplace, finished) -> None:
     lines = finished.stderr.splitlines()
     assert f"log    {workplace.folder(RUN)}/log.txt" in lines
-    for step in STEPS:
+    for step in ALWAYS:
         assert f"{step:<9} starting" in lines
-    assert all(line.startswith((*STEPS, "run ", "log ")) for line in lines), finished.stderr
+    assert all(line.startswith((*ALWAYS, "run ", "log ")) for line in lines), finished.stderr
     log = (workplace.folder(RUN) / "log.txt").read_text()
     assert "(train pid=" in log and "\x1b" not in log and "SIGTERM" not in log
 
@@ -83,7 +83,7 @@ def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(work
     runs = client.search_runs([client.get_experiment_by_name("ncsn").experiment_id])
     (whole,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not whole}
-    assert (whole.info.run_name, set(children)) == (RUN, set(STEPS))
+    assert (whole.info.run_name, set(children)) == (RUN, set(ALWAYS))
     for child in children.values():
         assert child.data.tags["mlflow.parentRunId"] == whole.info.run_id
         assert (child.info.status, child.data.params["noise.num_levels"]) == ("FINISHED", "4")
@@ -91,7 +91,7 @@ def test_mlflow_has_a_run_with_what_came_out_and_below_it_one_for_each_step(work
     losses = client.get_metric_history(children["train"].info.run_id, "train/loss")
     assert [point.step for point in losses] == [160, 320, 480, 640]
     assert "ray.dashboard_url" not in children["train"].data.tags, "the page ended with the cluster"
-    results = {step: workplace.result(RUN, step) for step in STEPS}
+    results = {step: workplace.result(RUN, step) for step in ALWAYS}
     for run, context in ((whole, None), (children["train"], "training"), (children["evaluate"], "evaluation")):
         (read,) = run.inputs.dataset_inputs
         assert read.dataset.digest == results["ingest"]["digest"][:36]
@@ -115,8 +115,8 @@ def test_show_prints_a_version_and_the_steps_of_its_run(workplace, finished) -> 
     registered = workplace.result(RUN, "register")
     assert (version["name"], version["facts"]["gate"]) == (registered["uri"], registered["reason"])
     assert (version["facts"]["run"], run["name"]) == (RUN, RUN)
-    for step in STEPS:
-        assert run["facts"][step].startswith(result_line(step, workplace.result(RUN, step)))
+    for step in ALWAYS:
+        assert run["facts"][step].startswith(str(STEP_TABLE[step].result.of(workplace.result(RUN, step))))
 
 
 def test_images_come_from_the_registry_alone(workplace, finished, tmp_path, monkeypatch) -> None:
@@ -146,7 +146,7 @@ def test_a_second_call_finds_every_step_done_also_where_the_store_was_moved_to(w
     moved.rename(workplace.root)
     assert again.returncode == 0, again.stderr
     assert again.stdout == finished.stdout.replace(f"{workplace.root}/", f"{moved}/")
-    assert again.stderr.count("already done") == len(STEPS)
+    assert again.stderr.count("already done") == len(ALWAYS)
 
 
 def test_a_step_runs_by_hand_on_what_the_pipeline_left(workplace, finished, told) -> None:
@@ -166,7 +166,7 @@ def test_a_config_with_a_search_trains_what_it_finds(workplace) -> None:
     done = workplace.run("run", "--run", "searched", "--json", "--set", f"search={search}")
     assert done.returncode == 0, done.stderr
     steps, best = json.loads(done.stdout)["steps"], workplace.folder("searched-best")
-    assert list(steps) == ["ingest", "search", *STEPS[1:]]
+    assert list(steps) == ["ingest", "search", *ALWAYS[1:]]
     assert steps["train"]["checkpoint"].startswith(f"{best}/")
     found = from_yaml((best / "config.yaml").read_text())
     assert found.search is None and found.levels.sigma_1 == steps["search"]["values"].get("noise.sigma_1", 1.0)
@@ -182,7 +182,7 @@ def test_a_store_in_s3_is_as_good_as_a_folder(workplace, s3_root: str, tmp_path:
     done = workplace.run("run", *place)
     assert done.returncode == 0, done.stderr
     steps = json.loads(done.stdout)["steps"]
-    assert list(steps) == list(STEPS)
+    assert list(steps) == ALWAYS
     assert steps["train"]["checkpoint"] == f"{s3_root}/runs/inbucket/checkpoints/images-000000640"
     assert storage.exists(storage.join(steps["train"]["checkpoint"], "checkpoint.json"))
     assert storage.read_bytes(steps["sample"]["grid"]).startswith(b"\x89PNG")

@@ -8,8 +8,8 @@ import scipy.linalg
 from refused import refused
 from threadpoolctl import threadpool_info
 
-from ncsn.evaluation import with_interval
 from ncsn.evaluation.frechet import FrechetStatistics, RunningDistance, frechet_distance, merged, score_of
+from ncsn.runs.metrics import with_interval
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from ncsn.data.format import Rows
-from ncsn.evaluation.class_scores import AskedClasses, classes_by_probe, fit_probe
+from ncsn.evaluation.class_scores import RequestedClasses, classes_by_probe, fit_probe
 from ncsn.evaluation.extractors import Extracted
 from ncsn.evaluation.scores import excess_distance, inception_score, kernel_distance, precision_recall
 
@@ -135,7 +135,7 @@ FEATURES = extracted(REFERENCE).features
 def test_images_are_counted_by_what_was_asked_and_what_is_seen(*, own: bool) -> None:
     shown = np.array([0, 1, 2, 0, 1, 1, 0])
     labels = np.array([0, 1, 2, 0, 0, 2, -1])
-    asked = AskedClasses(labels, REFERENCE, 3, own)
+    asked = RequestedClasses(labels, REFERENCE, 3, own)
     scores = asked.scores(extracted(shown, seed=1), reference=FEATURES, seed=0)
     assert scores is not None
     assert scores.confusion.tolist() == [[2, 1, 0], [0, 1, 0], [0, 1, 1]]
@@ -172,22 +172,22 @@ def test_the_interval_of_an_excess_holds_the_true_one(shift: float, sizes: tuple
 
 def test_the_kernel_distance_of_a_class_is_to_its_own_training_images() -> None:
     labels = np.arange(300) % 3
-    asked = AskedClasses(labels, REFERENCE, 3, own=True)
+    asked = RequestedClasses(labels, REFERENCE, 3, own=True)
     same, moved = (
         asked.scores(extracted(labels, seed=2, shift=shift), reference=FEATURES, seed=0) for shift in (0.0, 0.5)
     )
     assert same is not None and moved is not None
     assert np.abs(same.kids).max() < 0.02 and abs(same.metrics["class_kid"]) < 0.01
     assert moved.kids.min() > 0.1 and moved.metrics["class_kid"] == pytest.approx(moved.kids.mean())
-    swapped = AskedClasses((labels + 1) % 3, REFERENCE, 3, own=True)
+    swapped = RequestedClasses((labels + 1) % 3, REFERENCE, 3, own=True)
     other = swapped.scores(extracted(labels, seed=2), reference=FEATURES, seed=0)
     assert other is not None and other.agreement == 0 and other.kids.min() > 0.3
 
 
 def test_without_a_class_there_is_no_score() -> None:
-    none = AskedClasses(np.full(4, -1), REFERENCE, 3, own=True)
+    none = RequestedClasses(np.full(4, -1), REFERENCE, 3, own=True)
     assert none.scores(extracted(np.zeros(4, int)), reference=FEATURES, seed=0) is None
-    few = AskedClasses(np.array([0, 1]), np.full(300, -1), 3, own=True)
+    few = RequestedClasses(np.array([0, 1]), np.full(300, -1), 3, own=True)
     scores = few.scores(extracted(np.array([0, 1])), reference=FEATURES, seed=0)
     assert scores is not None and scores.metrics.keys() == {"class_agreement"}
 

@@ -12,9 +12,9 @@ import numpy as np
 from image_folders import Formats
 
 from ncsn import storage
-from ncsn.environment import now_ms
-from ncsn.runs.folder import RunFolder
+from ncsn.clock import now_ms
 from ncsn.runs.history import load_history
+from ncsn.runs.layout import RunFolder
 from ncsn.tracking.live import LiveMetrics
 from ncsn.tracking.mlflow_runs import StepRun
 

@@ -11,7 +11,7 @@ from refused import refused
 from ncsn.config import Config, from_yaml
 from ncsn.init.plan import Speed, chosen_levels, estimate, plan, utility_line
 from ncsn.report.words import duration
-from ncsn.runs.folder import cost_of
+from ncsn.runs.record import cost_of
 
 ANY = Speed(0.01, 0.002)
 TINY = """

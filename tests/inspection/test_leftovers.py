@@ -8,13 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from do import recorded
 from refused import refused
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.inspection import leftovers
 from ncsn.inspection.leftovers import CLASSES, delete_leftovers, find_leftovers
-from ncsn.runs.folder import RunFolder, update_step
+from ncsn.runs.layout import RunFolder
 from ncsn.tracking.client import connect, tracking_uri
 
 DAYS = 2 * 86400.0
@@ -57,10 +58,10 @@ def store(config: Config) -> Config:
     run(config, "stopped", "ingest", result={"uri": dataset(config, "bbbb2222")})
     for name in ("registered", "stopped", "reused", "opened"):
         client.create_run("0", tags={"ncsn.root": config.storage.root, "ncsn.step": "sample", "ncsn.run": name})
-    run(config, "opened", "train", inputs={"model": "models:/ncsn-digits/1"})
+    run(config, "opened", "train", key={"model": "models:/ncsn-digits/1"}, result={})
     for name in ("registered", "opened", "stopped", "reused", "elsewhere"):
         put(config, f"runs/{name}/samples/s1/f1/shard")
-    put(config, "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
+    put(config, "runs/stopped/steps/train/.result.json.tmp-1a2b3c4d", "runs/stopped/checkpoints/images-009/ema")
     put(config, "runs/stopped/checkpoints/before-decay-009/ema")
     reused = from_yaml(to_yaml(config), overrides=[f"data.root={config.storage.root}/runs/reused/samples/s1/f1"])
     run(reused, "reuses", "ingest")
@@ -85,7 +86,7 @@ def store(config: Config) -> Config:
 
 FOUND = {
     ("temporary", ".tmp-12345678"),
-    ("temporary", "runs/stopped/steps/train/.step.json.tmp-1a2b3c4d"),
+    ("temporary", "runs/stopped/steps/train/.result.json.tmp-1a2b3c4d"),
     ("temporary", "runs/stopped/checkpoints/images-009"),
     ("temporary", "runs/stopped/checkpoints/before-decay-009"),
     ("temporary", "runs/registered/selected/images-001"),
@@ -115,7 +116,7 @@ def run(config: Config, name: str, step: str, **record: object) -> None:
     folder = RunFolder(config.storage.root, name)
     storage.write_text(folder.config, to_yaml(config))
     storage.write_bytes(folder.begun, b"")
-    update_step(folder, step, **record)
+    recorded(folder, step, **record)
 
 
 def found(config: Config) -> set[tuple[str, str]]:
@@ -197,7 +198,7 @@ def test_what_cannot_be_read_stops_it(store: Config, later: float, tmp_path: Pat
     root, away, runs = store.storage.root, "http://127.0.0.1:9", Path(store.storage.root, "runs")
     with pytest.raises(ValueError, match=away):
         find_leftovers(root, away)
-    (runs / "stopped/steps/ingest/step.json").write_text("{")
+    (runs / "stopped/steps/ingest/result.json").write_text("{")
     with pytest.raises(storage.UnreadableError):
         find_leftovers(root, tracking_uri(store))
     runs.rename(tmp_path / "elsewhere")

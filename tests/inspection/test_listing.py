@@ -8,14 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from do import result_of
+from do import recorded, result_of
 from gated import evidence
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.inspection import listing
 from ncsn.inspection.listing import describe_run, find_items, list_datasets, list_models, list_runs
-from ncsn.runs.folder import Outcome, RunFolder, StepError, update_step, write_outcome
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import Outcome, StepError, write_outcome
 from ncsn.steps.ingest import write_images
 from ncsn.tracking.client import client_at, tracking_uri
 from ncsn.tracking.promotion import pass_gate
@@ -50,7 +51,7 @@ def test_only_runs_that_began_last_are_looked_into(config: Config, monkeypatch: 
 def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     root, folder = config.storage.root, begin(config, "mine")
     assert describe_run(root, "mine").state == "NEW"
-    update_step(folder, "train", state="RUNNING")
+    recorded(folder, "train", state="RUNNING")
     progress = {"done": 1000, "total": 4000, "unit": "images", "text": ""}
     storage.write_json(folder.step("train", "progress.json"), progress)
     item = describe_run(root, "mine")
@@ -61,24 +62,24 @@ def test_a_run_has_state_size_date_and_figures(config: Config) -> None:
     of_samples = {f"eval/classifier_{name}_n210": value for name, value in fid.items()}
     of_real = {f"eval/real_classifier_{name}_n210": value for name, value in fid.items()}
     result = result_of("evaluate", grade="far", metrics=of_samples, real_metrics=of_real)
-    update_step(folder, "evaluate", state="FINISHED", result=result)
+    recorded(folder, "evaluate", state="FINISHED", result=result)
     item = describe_run(root, "mine")
     assert item.figures == "far from real; Fréchet 12 (9.0 to 17)"
-    update_step(folder, "register", state="FAILED", error=StepError("OSError", "no answer"))
+    recorded(folder, "register", state="FAILED", error=StepError("OSError", "no answer"))
     write_outcome(folder, Outcome("FAILED", "no answer", "register"))
     item = describe_run(root, "mine")
     assert (item.state, item.facts["error"]) == ("FAILED register", "no answer")
-    update_step(begin(config, "failed"), "train", state="FAILED", error=StepError("OSError", "no\nanswer"))
+    recorded(begin(config, "failed"), "train", state="FAILED", error=StepError("OSError", "no\nanswer"))
     assert describe_run(root, "failed").figures == "no answer"
 
 
 def test_a_run_without_a_process_is_lost_and_what_cannot_be_read_hides_nothing_else(tmp_path: Path) -> None:
     root, config = str(tmp_path), from_yaml(DIGITS, overrides=[f"storage.root={tmp_path}"])
-    update_step(begin(config, "gone"), "train", state="RUNNING")
+    recorded(begin(config, "gone"), "train", state="RUNNING")
     hour_ago = time.time() - listing._QUIET_SECONDS - 60
     for path in (tmp_path / "runs").rglob("*"):
         os.utime(path, (hour_ago, hour_ago))
-    storage.write_text(begin(config, "damaged").step("train", "step.json"), "{")
+    storage.write_text(begin(config, "damaged").step("train", "attempt.json"), "{")
     begin(config, "mine")
     storage.write_text(f"{root}/runs/notes.txt", "not a run")
     states = {item.name: item.state for item in list_runs(root)[0]}
@@ -121,7 +122,7 @@ def test_versions_have_their_aliases_figures_and_what_they_wait_for(tmp_path: Pa
 def test_a_version_is_shown_with_its_run_if_that_is_in_this_store(config: Config, tmp_path: Path) -> None:
     registry, root = f"sqlite:///{tmp_path}/mlflow.db", config.storage.root
     folder, client = begin(config, "mine"), client_at(registry)
-    update_step(folder, "register", state="FINISHED", seconds=2.0, result=result_of("register", uri="models:/digits/1"))
+    recorded(folder, "register", state="FINISHED", seconds=2.0, result=result_of("register", uri="models:/digits/1"))
     client.create_registered_model("digits")
     for run, store in (("mine", root), ("mine", "/elsewhere"), ("../mine", root), ("gone", root)):
         tags = {"ncsn.model": "0123", "ncsn.run": run, "ncsn.root": store}

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from do import do
+from do import ALWAYS, Doing, do, recorded
 from webhook import receiver
 
 from ncsn import storage
-from ncsn.cli.run import do_steps
+from ncsn.cli.run import do_run
 from ncsn.config import Config, from_yaml, to_yaml
 from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.inspection.listing import describe_run
 from ncsn.kubeflow import finish
-from ncsn.runs.folder import Outcome, Run, RunFolder, StepError, read_outcome, run_folder, update_step, write_outcome
-from ncsn.runs.steps import STEPS
-from ncsn.steps.results import Context, Prepared
+from ncsn.runs.layout import RunFolder, run_folder
+from ncsn.runs.record import Outcome, StepError, read_outcome, write_outcome
+from ncsn.runs.run import Run
+from ncsn.steps.prepared import Context
 from ncsn.tracking.client import connect
 from ncsn.tracking.mlflow_runs import search_runs, step_run
 
@@ -47,7 +48,7 @@ def failed(config: Config, run: str, error: StepError) -> RunFolder:
     """The folder of a run whose images are there and whose training has failed."""
     do("ingest", config, run)
     folder = run_folder(config, run)
-    update_step(folder, "train", state="FAILED", error=error)
+    recorded(folder, "train", state="FAILED", error=error)
     return folder
 
 
@@ -111,14 +112,14 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[Outcome | None]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ncsn.steps.execute.find_inputs", lambda *_, **__: {})
-    monkeypatch.setattr("ncsn.steps.sample.prepare", lambda run: Prepared(run.config, {}, sample))
+    monkeypatch.setattr("ncsn.steps.sample.prepare", lambda run: Doing(run.config, {}, sample))
     monkeypatch.setattr("ncsn.distributed.cluster.ray_cluster_meanwhile", lambda _: nullcontext(lambda: None))
     return found
 
 
 def pipeline(config: Config, run: str, *steps: str) -> Outcome | None:
     with suppress(SystemExit):
-        do_steps(Run(config, run), steps)
+        do_run(steps, Run(config, run), finish=False)
     return read_outcome(run_folder(config, run))
 
 
@@ -131,7 +132,7 @@ def test_a_step_after_the_pipeline_takes_its_end_away_nowhere(config: Config, en
     assert mlflow_statuses(config, "alone-after") == {"run": "FINISHED", "ingest": "FINISHED", "sample": "KILLED"}
     item = describe_run(config.storage.root, "alone-after")
     assert (item.state, item.facts["error"]) == ("FINISHED; sample KILLED", "interrupted")
-    update_step(folder, "sample", state="RUNNING")  # of a launcher that is gone, whose RayJob the janitor deletes
+    recorded(folder, "sample", state="RUNNING")  # of a launcher that is gone, whose RayJob the janitor deletes
     assert finish.run(config, run="alone-after", state="CANCELED").status == "FINISHED"
     assert describe_run(config.storage.root, "alone-after").state == "FINISHED; sample KILLED"
     assert mlflow_statuses(config, "alone-after")["run"] == "FINISHED"
@@ -148,8 +149,8 @@ def test_a_pipeline_with_work_to_do_has_an_end_of_its_own(config, ends, monkeypa
 
     monkeypatch.setattr("ncsn.steps.ingest.prepare", stopped)  # before it has begun to work
     assert pipeline(config, "worked", "ingest") == Outcome("KILLED", "interrupted", "ingest")
-    for step in STEPS:
-        update_step(run_folder(config, "worked"), step, state="FINISHED", error=None)
+    for step in ALWAYS:
+        recorded(run_folder(config, "worked"), step, state="FINISHED", error=None)
     assert pipeline(config, "worked", "ingest") == Outcome("FINISHED"), "all of its steps have finished"
 
 
@@ -157,12 +158,12 @@ def test_what_a_search_found_is_followed_to_its_own_run(config: Config) -> None:
     ingested = do("ingest", config, "searched")
     config = from_yaml(to_yaml(config), overrides=["search={space: {noise.sigma_1: {kind: log, low: 0.5, high: 2}}}"])
     found = {"result": {"run": "searched-best"}, "seconds": 5.0, "finished_at": "2026-01-01T00:00:00+00:00"}
-    update_step(run_folder(config, "searched"), "search", state="FINISHED", **found)
+    recorded(run_folder(config, "searched"), "search", state="FINISHED", **found)
     with step_run(config, run="searched-best", step="train") as tracked:
         client, parent_id = tracked.client, tracked.parent_run_id
     client.update_run(parent_id, status="RUNNING")
     best = run_folder(config, "searched-best")
-    update_step(best, "train", state="FAILED", error=StepError("RuntimeError", "a node is gone"))
+    recorded(best, "train", state="FAILED", error=StepError("RuntimeError", "a node is gone"))
     result = finish.run(config, run="searched", state="FAILED")
     assert (result.failed_step, result.reason) == ("train", "a node is gone")
     assert stored(config, "searched-best") | {"closed": True} == stored(config, "searched")
@@ -218,5 +219,5 @@ def test_the_reason_of_another_pipeline_run_on_the_same_run_stays(config: Config
         write_outcome(folder, Outcome("FAILED", "worker lost; OOMKilled", "train"))
         result = finish.run(config, run="shared", state=state, kfp=KfpRun("mine", "ncsn-train-x"))
         assert (result.status, result.reason) == ("FAILED", "worker lost; OOMKilled")
-    update_step(folder, "train", state="FAILED", error=StepError("ValueError", "a later try's", kfp_run="other"))
+    recorded(folder, "train", state="FAILED", error=StepError("ValueError", "a later try's", kfp_run="other"))
     assert finish.run(config, run="shared", state="CANCELED", kfp=KfpRun("mine", "x")).status == "KILLED"

@@ -32,7 +32,8 @@ from ncsn.remote.backend import RemoteLost
 from ncsn.remote.kuberay import NOTES
 from ncsn.remote.kubernetes import KubernetesApi
 from ncsn.remote.manifest import KFP_RUN_LABEL
-from ncsn.runs.folder import Outcome, read_outcome, read_step, run_folder, write_outcome
+from ncsn.runs.layout import run_folder
+from ncsn.runs.record import Outcome, read_attempt, read_outcome, write_outcome
 from ncsn.steps import ingest
 from ncsn.storage.heartbeat import LEASE_SECONDS
 from ncsn.tracking.client import connect
@@ -156,11 +157,11 @@ def test_what_fails_because_the_pipeline_was_terminated_is_no_failure(
     monkeypatch.setenv(KFP_RUN_ID, "5f3a")
     monkeypatch.setenv(KFP_WORKFLOW, WORKFLOW)
     deleted = RemoteLost("RayJob ncsn-mine was deleted while it ran")
-    monkeypatch.setattr(ingest, "ingest", Mock(side_effect=deleted))
+    monkeypatch.setattr(ingest.Ingest, "work", Mock(side_effect=deleted))
     workflow(emulation, "Running", **spec)
     with pytest.raises(raised):
         do_as_task("ingest", config, "mine")
-    assert read_step(run_folder(config, "mine"), "ingest").state == state
+    assert read_attempt(run_folder(config, "mine"), "ingest").state == state
     found = outcome(config)
     assert (found and found.status) == ended
 

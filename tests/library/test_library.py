@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clock import Clock
+from do import recorded
 from PIL import Image
 from refused import refused
 from served import trained_by
@@ -23,7 +24,7 @@ from ncsn import DpmSolver, KarrasHeun, Langevin, ScoreModel, fit
 from ncsn.config import to_yaml
 from ncsn.library.fit import _in_memory
 from ncsn.model import build
-from ncsn.runs.folder import RunFolder, update_step
+from ncsn.runs.layout import RunFolder
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ("data.num_classes=3", "train.label_dropout=0.1")
@@ -198,7 +199,7 @@ def test_a_run_of_the_store_gives_its_checkpoint_and_what_is_none_is_refused(sto
     model, folder = model_of(), RunFolder(str(store), "mine")
     model.save(checkpoint := f"{folder.checkpoints}/images-000000016")
     Path(folder.config).write_text(to_yaml(model._trained.config))
-    update_step(folder, "train", result={"checkpoint": checkpoint})
+    recorded(folder, "train", result={"checkpoint": checkpoint})
     np.testing.assert_array_equal(ScoreModel.load("mine", device="cpu").sample(2), model.sample(2))
 
 

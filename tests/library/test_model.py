@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from do import recorded
 from experiments import digits, tiny
 from refused import refused
 from served import trained_by
@@ -20,7 +21,7 @@ from ncsn.config import to_yaml
 from ncsn.core.networks.base import PreconditionedNetwork
 from ncsn.data.format import load_manifest
 from ncsn.data.training_images import open_cache
-from ncsn.runs.folder import RunFolder, update_step
+from ncsn.runs.layout import RunFolder
 
 PLAIN = ("data.num_classes=null", "train.label_dropout=0", "noise.num_levels=20")
 FLOATS = ("data.source=image_folder", "data.dtype=float32", "data.value_range=[-2, 6]")
@@ -140,7 +141,7 @@ def test_a_training_image_is_nearest_to_itself(tmp_path: Path, monkeypatch: pyte
     trained = replace(trained_by(0, *PLAIN), dataset_digest=load_manifest(dataset).digest)
     ScoreModel(trained).save(checkpoint := f"{folder.checkpoints}/images-000000016")
     Path(folder.config).write_text(to_yaml(trained.config))
-    update_step(folder, "train", result={"checkpoint": checkpoint})
+    recorded(folder, "train", result={"checkpoint": checkpoint})
     model, real = ScoreModel.load("mine", device="cpu"), open_cache(dataset, "train").images
     images, rows, distances = model.nearest(real[5:25], k=3)
     assert rows.shape == (20, 3) and rows[:, 0].tolist() == list(range(5, 25))

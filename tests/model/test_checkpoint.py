@@ -21,7 +21,7 @@ from ncsn.core.training import TrainState, train_step
 from ncsn.model import build, checkpoint
 from ncsn.model.checkpoint import CheckpointStore
 from ncsn.model.objective import objective_of
-from ncsn.runs.folder import INDEX, RESUME, folder_name
+from ncsn.runs.layout import INDEX, RESUME, folder_name
 
 
 def trained(config: Config) -> TrainState:

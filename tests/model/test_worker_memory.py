@@ -8,6 +8,7 @@ import pytest
 
 from ncsn.config import Config, from_yaml
 from ncsn.model.memory import worker_memory
+from ncsn.runs.steps import STEP_TABLE
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -21,7 +22,7 @@ def cifar10(*overrides: str) -> Config:
 def test_training_on_a_cpu_holds_the_feature_maps_of_its_share() -> None:
     """Measured on one core: 72 MB for each image of a batch plus 0.7 GB, before anything is saved."""
     whole, half, micro = (
-        worker_memory(cifar10("train.batch_size=64", *more), "train")
+        worker_memory(cifar10("train.batch_size=64", *more), ["training"])
         for more in ([], ["compute.num_workers=2"], ["compute.microbatch=32"])
     )
     assert half == micro
@@ -31,14 +32,14 @@ def test_training_on_a_cpu_holds_the_feature_maps_of_its_share() -> None:
 
 def test_images_on_a_gpu_are_not_in_the_hosts_memory_but_the_reference_is() -> None:
     on_gpu = "compute.use_gpu=true"
-    small, large = (worker_memory(cifar10(on_gpu, f"train.batch_size={n}"), "train") for n in (64, 512))
+    small, large = (worker_memory(cifar10(on_gpu, f"train.batch_size={n}"), ["training"]) for n in (64, 512))
     assert 5 * GIB <= small == large <= 12 * GIB
-    few, many = (worker_memory(cifar10(on_gpu), "evaluate", reference_images=n) for n in (10**4, 10**6))
+    few, many = (worker_memory(cifar10(on_gpu), ["features"], reference_images=n) for n in (10**4, 10**6))
     assert many - few > 990_000 * 2048 * 4
-    few, many = (worker_memory(cifar10(f"evaluation.batch_size={n}"), "evaluate") for n in (64, 1024))
+    few, many = (worker_memory(cifar10(f"evaluation.batch_size={n}"), ["features"]) for n in (64, 1024))
     assert many > few
 
 
 def test_a_small_experiment_gets_the_least() -> None:
     digits = from_yaml((CONFIGS / "digits.yaml").read_text())
-    assert {worker_memory(digits, step) for step in ("train", "sample", "evaluate", "search")} == {4 * GIB}
+    assert {worker_memory(digits, step.workers) for step in STEP_TABLE.values()} == {4 * GIB}

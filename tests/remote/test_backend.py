@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 from ncsn.remote import backend
 from ncsn.remote.backend import DriverLog, RemoteStep, first_error, forwarded_environment, is_ours
-from ncsn.runs.folder import RUN_PATTERN
+from ncsn.runs.layout import RUN_PATTERN
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from s3_server import S3Server
 
 from ncsn import storage
 from ncsn.config import Config, from_yaml
-from ncsn.environment import CODE, PYTHON, python_version
+from ncsn.environment import CODE
+from ncsn.runs.code import PYTHON, python_version
 from ncsn.tracking.client import client_at
 
 pytestmark = pytest.mark.timeout(900)
@@ -118,7 +119,7 @@ def test_training_runs_as_a_job(jobs: RayHead, settings: Config) -> None:
     name = job["submission_id"]
     assert re.fullmatch(r"ncsn-mine-train-[0-9a-f]{8}", name)
     step, known = f"{settings.storage.root}/runs/mine/steps/train", job["metadata"]
-    assert set(storage.list_names(step)) == {"step.json", "progress.json", "lease", "log.txt"}
+    assert set(storage.list_names(step)) == {"attempt.json", "result.json", "progress.json", "lease", "log.txt"}
     assert (known["mlflow.experiment"], known["mlflow.run_name"]) == ("ncsn", "mine/train")
     assert known[PYTHON] == python_version()
     assert job["runtime_env"]["env_vars"].keys() == {"MLFLOW_TRACKING_URI", "RAY_JOB_STOP_WAIT_TIME_S"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from do import do, do_as_task, result_of
+from do import do, do_as_task, recorded, result_of
 from launched import TINY
 from rayjobs import JANITOR
 from refused import refused
@@ -19,15 +19,18 @@ from refused import refused
 from ncsn import storage
 from ncsn.cli import app
 from ncsn.config import Config, from_yaml, to_json, to_yaml
-from ncsn.environment import KFP_RUN_ID, PYTHON, KfpRun
+from ncsn.environment import KFP_RUN_ID, KfpRun
 from ncsn.errors import NotFound, Problem
 from ncsn.inspection.listing import describe_run
 from ncsn.kubeflow import finish
 from ncsn.remote.backend import RemoteStep
 from ncsn.remote.manifest import REQUEST_ANNOTATION
-from ncsn.runs.folder import ForeignRun, Run, StepError, read_outcome, read_step, run_folder, update_step
+from ncsn.runs.code import PYTHON
+from ncsn.runs.layout import run_folder
+from ncsn.runs.record import ForeignRun, StepError, read_attempt, read_outcome
+from ncsn.runs.results import TrainResult
+from ncsn.runs.run import Run
 from ncsn.steps import evaluate
-from ncsn.steps.results import TrainResult
 
 
 @pytest.fixture
@@ -53,32 +56,32 @@ def test_a_launcher_with_other_inputs_leaves_the_work_of_the_first(emulation, co
     result = result_of("evaluate", uri=one, neighbors=one, num_images=8)
 
     def others() -> None:
-        before = read_step(folder, "evaluate")
+        before = read_attempt(folder, "evaluate")
         for samples, wrong in ((other, name), (nowhere, nowhere)):
             with refused(wrong, error=NotFound if samples == nowhere else ForeignRun):
                 do("evaluate", config, "mine", samples=samples, dataset=dataset)
-            assert read_step(folder, "evaluate") == before
+            assert read_attempt(folder, "evaluate") == before
         monkeypatch.setenv(KFP_RUN_ID, "r-2")
         with refused(name, error=ForeignRun):
             do_as_task("evaluate", config, "mine", samples=other, dataset=dataset)
         monkeypatch.delenv(KFP_RUN_ID)
         assert finish.run(config, run="mine", state="FAILED", kfp=KfpRun("r-2", "w")).status == "FAILED"
-        assert read_step(folder, "evaluate") == before and read_outcome(folder) is None
+        assert read_attempt(folder, "evaluate") == before and read_outcome(folder) is None
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(do, "evaluate", config, "mine", samples=one, dataset=dataset)
         try:
-            eventually(lambda: emulation.jobs and read_step(folder, "evaluate").request, "the first is accepted")
-            assert read_step(folder, "evaluate").request == request_of(emulation)
+            eventually(lambda: emulation.jobs and read_attempt(folder, "evaluate").request, "the first is accepted")
+            assert read_attempt(folder, "evaluate").request == request_of(emulation)
             others()
-            update_step(folder, "evaluate", state="FAILED", error=StepError("OSError", "its driver's"))
+            recorded(folder, "evaluate", state="FAILED", error=StepError("OSError", "its driver's"))
             with refused(nowhere, error=NotFound):
                 do("evaluate", config, "mine", samples=nowhere, dataset=dataset)
             emulation.reach("retries")
             asked = len(emulation.cluster.requests)
             eventually(lambda: len(emulation.cluster.requests) > asked + 5, "the first has looked at it")
             done = {"state": "FINISHED", "error": None, "request": request_of(emulation)}
-            update_step(folder, "evaluate", inputs=key, result=result, **done)
+            recorded(folder, "evaluate", key=key, result=result, **done)
             emulation.reach("succeeded")
         except BaseException:
             emulation.cluster.delete("rayjobs", name)
@@ -91,7 +94,7 @@ def test_a_mistake_that_the_pod_finds_is_told_as_one(emulation, config: Config) 
 
     def mistake(_: str) -> None:
         error = StepError("NotFound", "it is gone", (Problem("dataset", "it is gone"),), "")
-        update_step(run_folder(config, "mine"), "train", state="FAILED", error=error, request=request_of(emulation))
+        recorded(run_folder(config, "mine"), "train", state="FAILED", error=error, request=request_of(emulation))
         emulation.reach("retries")
 
     emulation.cluster.on_create = mistake
@@ -142,7 +145,7 @@ def test_a_launcher_needs_no_torch_and_finds_what_it_has_launched(emulation, con
         (workers,) = emulation.cluster.get("rayjobs", name)["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         sizes.append(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"])
         finished = {"state": "FINISHED", "result": result, "request": request_of(emulation)}
-        update_step(run_folder(config, "mine"), "train", **finished)
+        recorded(run_folder(config, "mine"), "train", **finished)
         emulation.reach("succeeded")
 
     emulation.cluster.on_create = finish
@@ -185,5 +188,5 @@ def test_without_a_cluster_no_step_has_begun(emulation, config: Config, tmp_path
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with refused("KUBECONFIG"):
         do("train", config, "mine", dataset=dataset)
-    record = read_step(run_folder(config, "mine"), "train")
+    record = read_attempt(run_folder(config, "mine"), "train")
     assert (record.state, record.request, bool(record.error)) == ("FAILED", "", True)

@@ -11,7 +11,7 @@ from experiments import SHORT, tiny
 from ncsn.config.schema import Pixels
 from ncsn.data.format import Manifest
 from ncsn.report.pages import render
-from ncsn.runs.folder import Outcome
+from ncsn.runs.record import Outcome
 from ncsn.tracking.registry import DESCRIPTION_LENGTH
 
 EMPTY = ("class_counts", "parts", "settings", "suggested_noise", "conversions", "repeated")

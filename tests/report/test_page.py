@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from do import result_of
 from playwright.sync_api import Browser, Frame
 
 from ncsn.config.training import ConsistencyLossConfig, DsmLossConfig
@@ -17,6 +18,8 @@ from ncsn.report.images import grid_png, neighbors_png
 from ncsn.report.pages import render
 from ncsn.report.plots import to_png, to_svg
 from ncsn.report.words import Fact, answers, utility_sentence
+from ncsn.runs.metrics import Estimate
+from ncsn.runs.results import Arm, ClassGain, UtilityResult
 
 VIEWER = """<!doctype html><style>body { margin: 0 } iframe { border: 0; width: 100vw; height: 100vh }</style>
 <iframe sandbox="allow-scripts" src="report.html"></iframe>"""
@@ -59,23 +62,23 @@ def manifest(source: str) -> Any:
     return SimpleNamespace(pixels=pixels, source=source, count=lambda _: 1000, equal_images="")
 
 
-def compared() -> dict[str, Any]:
+def compared() -> UtilityResult:
     """The result of `utility` for two classes."""
-    figure = {"value": 98.0, "low": 85.0, "high": 100.0}
-    figures = dict.fromkeys(("balanced_accuracy", "accuracy", "macro_f1"), figure) | {"recalls": [figure, figure]}
-    arms = [{"name": name, "real": 9, "generated": 0} | figures for name in ("augmented", "ratio-0.5", "filled")]
-    gain = {"value": 2.1, "low": 0.9, "high": 3.3}
-    return {
+    figure = Estimate(98.0, 85.0, 100.0)
+    gain = Estimate(2.1, 0.9, 3.3)
+    known = {
         "sentence": utility_sentence("helps", gain, {"one": gain}, used=9, wanted=9),
-        "arms": arms,
-        "classes": [{"name": "$\\frac{$"}, {"name": "猫"}],
+        "arms": [
+            Arm(name, 9, 0, figure, figure, figure, [figure, figure]) for name in ("augmented", "ratio-0.5", "filled")
+        ],
+        "classes": [ClassGain(name, 5, 4, gain) for name in ("$\\frac{$", "猫")],
         "chosen": ["ratio-0.5"],
         "seeds": 5,
         "updates": 1000,
         "made": 9,
-        "copies": 0,
         "notes": ["Longer ones may gain more."],
     }
+    return UtilityResult(**result_of("utility", **known))
 
 
 def test_intervals_that_end_at_all_images_are_drawn_whole() -> None:
@@ -119,7 +122,7 @@ def page() -> dict[str, Any]:
         "loss": DsmLossConfig(),
         "lines": {"sample": "64 images"},
         "records": {"sample": SimpleNamespace(seconds=5.0, result={"num_images": 64, "nfe": 5})},
-        "answers": answers(EVALUATION, utility["sentence"]),
+        "answers": answers(EVALUATION, utility.sentence),
         "utility": utility,
         "utility_plot": to_png(plots.utility_figure(utility)),
         "costs": [Fact("Reserved", "3 s")],

@@ -11,7 +11,6 @@ from ncsn.config.training import DecayEmaConfig, TrainConfig
 from ncsn.core.images import fit_moments
 from ncsn.core.noise_schedule import best_epsilon, geometric_sigmas
 from ncsn.core.samplers.settings import AnnealedLangevin, KarrasHeun
-from ncsn.evaluation import with_interval
 from ncsn.evaluation.copies import Copies
 from ncsn.report.hints import (
     average_hints,
@@ -33,8 +32,9 @@ from ncsn.report.words import (
     takes,
     verdict_of,
 )
-from ncsn.runs.folder import Cost
 from ncsn.runs.history import HeldOutCurves
+from ncsn.runs.metrics import with_interval
+from ncsn.runs.record import Cost
 
 EVALUATION = {
     "metrics": {

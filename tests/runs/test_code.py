@@ -18,7 +18,8 @@ from refused import refused
 
 from ncsn.environment import CODE
 from ncsn.runs import code
-from ncsn.runs.folder import RunFolder, read_step
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import read_attempt
 from pipelines.compile import compile_one
 
 
@@ -110,7 +111,7 @@ def test_a_driver_runs_what_its_archive_is_named_after_and_nothing_else(ours: Cl
     ours.edit("ncsn/errors.py")
     os.replace(published(tmp_path), uri)
     assert driver() == (2, "")
-    record = read_step(RunFolder(str(tmp_path), "mine"), "train")
+    record = read_attempt(RunFolder(str(tmp_path), "mine"), "train")
     assert (record.state, record.request) == ("FAILED", "5f3a") and record.error is not None
     assert [problem.key for problem in record.error.problems] == ["--code"]
 

@@ -26,8 +26,8 @@ from ncsn.errors import UserError
 from ncsn.model import build
 from ncsn.model.classes import Classes
 from ncsn.model.generate import Wish, generate, image_labels
-from ncsn.serving import app, asked, batches
-from ncsn.steps.address import Place
+from ncsn.serving import app, batches, image_requests
+from ncsn.steps.address import NamedModel
 from ncsn.tracking.model import PyfuncModel
 
 MODEL, TRAINED = "models:/tiny/1", trained_by(0)
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_request_is_said_in_short() -> None:
     unknown, long = {f"k{i}": 1 for i in range(5000)}, {"a" * 60_000: 1}
     for given in (unknown, long, {"sampler": {"kind": "karras_heun", **unknown}}, {"sampler": long}):
         with pytest.raises(UserError) as wrong:
-            asked.settings(TRAINED, asked.read(json.dumps(given).encode()))
+            image_requests.settings(TRAINED, image_requests.read(json.dumps(given).encode()))
         line = app._line(wrong.value)
         assert 20 < len(line) < 2000 and line.count(b"\n") == 1
 
@@ -104,16 +104,16 @@ def test_more_replicas_than_cores_and_a_cluster_that_serves_are_refused(monkeypa
     monkeypatch.setattr(app, "ray_cluster", nullcontext)
     monkeypatch.setattr(app.ray, "cluster_resources", lambda: {"CPU": 2.0})
     with refused("--replicas"):
-        app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=3, ready=lambda: None)
+        app.run(NamedModel("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=3, ready=lambda: None)
     monkeypatch.setattr(app.serve, "status", lambda: SimpleNamespace(proxies={"node": "HEALTHY"}))
     with refused("RAY_ADDRESS"):
-        app.run(Place("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)
+        app.run(NamedModel("ADDRESS", "models:/tiny@champion", ".ncsn", None), port=0, replicas=2, ready=lambda: None)
 
 
 def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
     handle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, accepted, opened, counted = list[Any](), list[int](), threading.Event(), asked.evaluations
+    made, accepted, opened, counted = list[Any](), list[int](), threading.Event(), image_requests.evaluations
 
     def make(_: Any, parts: Any, **__: Any) -> Any:
         assert opened.wait(60)
@@ -129,7 +129,7 @@ def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
             time.sleep(0.01)
 
     monkeypatch.setattr(app, "generate_joined", make)
-    monkeypatch.setattr(asked, "evaluations", count)
+    monkeypatch.setattr(image_requests, "evaluations", count)
     monkeypatch.setattr(batches, "MOST_REQUESTS", 18)
     heavy = {"sampler": {"kind": "karras_heun", "num_steps": 500}, "guidance": 2}
     with ThreadPoolExecutor(21) as clients:
@@ -152,8 +152,8 @@ def test_a_neighbors_image_does_not_wait_for_twenty_large_requests(
 
 def test_work_of_a_request_is_counted_in_evaluations_of_the_network() -> None:
     def needed(trained: Any, **wanted: Any) -> int:
-        request = asked.read(json.dumps(wanted).encode())
-        return asked.evaluations(trained, asked.settings(trained, request), request.count)
+        request = image_requests.read(json.dumps(wanted).encode())
+        return image_requests.evaluations(trained, image_requests.settings(trained, request), request.count)
 
     slow = {"sampler": {"kind": "karras_heun", "num_steps": 500}}
     assert [needed(TRAINED, **slow, guidance=weight) for weight in (1, 2, 0)] == [999, 1998, 1998]
@@ -190,23 +190,25 @@ def test_work_of_a_request_is_counted_in_evaluations_of_the_network() -> None:
 def test_what_is_no_request_or_the_model_cannot_follow_is_refused_with_the_key(given: Any, key: str) -> None:
     body = given if isinstance(given, str) else json.dumps(given)
     with refused(key):
-        asked.settings(TRAINED, asked.read(body.encode()))
+        image_requests.settings(TRAINED, image_requests.read(body.encode()))
 
 
 def test_a_request_changes_what_it_names() -> None:
-    wanted = asked.read(b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}')
-    found = asked.settings(TRAINED, wanted)
+    wanted = image_requests.read(
+        b'{"number": 5, "seed": 7, "class": 1, "guidance": 2.5, "sampler": {"kind": "dpm_solver"}}'
+    )
+    found = image_requests.settings(TRAINED, wanted)
     assert (wanted.count, wanted.format, found.seed, found.label) == (5, "grid", 7, "1")
     assert found.sampler.kind == "dpm_solver" and found.guidance is not None and found.guidance.weight == 2.5
-    assert asked.settings(TRAINED, asked.read(b"")) == TRAINED.config.sampling
-    assert (asked.read(b'{"format": "png"}').count, asked.read(b"").count) == (1, 16)
-    by_class = asked.read(b'{"class": {"dog": 2, "cat": 3}}')
-    assert (by_class.count, asked.settings(TRAINED, by_class).label) == (5, {"dog": 2, "cat": 3})
+    assert image_requests.settings(TRAINED, image_requests.read(b"")) == TRAINED.config.sampling
+    assert (image_requests.read(b'{"format": "png"}').count, image_requests.read(b"").count) == (1, 16)
+    by_class = image_requests.read(b'{"class": {"dog": 2, "cat": 3}}')
+    assert (by_class.count, image_requests.settings(TRAINED, by_class).label) == (5, {"dog": 2, "cat": 3})
     guided = from_yaml(TEXT, overrides=["sampling.guidance={kind: classifier_free, weight: 3}"])
     for trained in (TRAINED, replace(TRAINED, config=guided)):
-        zero = asked.settings(trained, asked.read(b'{"guidance": 0}')).guidance
+        zero = image_requests.settings(trained, image_requests.read(b'{"guidance": 0}')).guidance
         assert zero is not None and zero.weight == 0
-    assert asked.settings(TRAINED, asked.read(b'{"guidance": 1}')).guidance is None
+    assert image_requests.settings(TRAINED, image_requests.read(b'{"guidance": 1}')).guidance is None
 
 
 def test_classes_have_their_names_whatever_yaml_takes_them_for() -> None:
@@ -218,7 +220,7 @@ def test_classes_have_their_names_whatever_yaml_takes_them_for() -> None:
     for number, name in enumerate(names):
         sampling = from_yaml(to_yaml(config), overrides=[f"sampling.label={name}"]).sampling
         assert image_labels(trained, sampling, first=0, count=2).tolist() == [number, number]
-        assert asked.settings(trained, asked.read(json.dumps({"class": name}).encode())) == sampling
+        assert image_requests.settings(trained, image_requests.read(json.dumps({"class": name}).encode())) == sampling
         image = generate(trained, sampling=sampling, first=0, count=1)
         np.testing.assert_array_equal(model.predict(None, None, {"label": name, "n_images": 1}), image)
 
@@ -226,10 +228,10 @@ def test_classes_have_their_names_whatever_yaml_takes_them_for() -> None:
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_the_files_hold_the_images(channels: int, mode: str) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, channels), np.uint8)
-    png = Image.open(io.BytesIO(asked.answer(images[:1], "png", limits=(0, 255))))
+    png = Image.open(io.BytesIO(image_requests.answer(images[:1], "png", limits=(0, 255))))
     assert png.mode == mode
     np.testing.assert_array_equal(np.asarray(png).reshape(images[0].shape), images[0])
-    grid = Image.open(io.BytesIO(asked.answer(images, "grid", limits=(0, 255))))
+    grid = Image.open(io.BytesIO(image_requests.answer(images, "grid", limits=(0, 255))))
     assert grid.mode == mode and grid.width > grid.height, "three columns and two rows"
-    with np.load(io.BytesIO(asked.answer(images, "npz", limits=(0, 255)))) as found:
+    with np.load(io.BytesIO(image_requests.answer(images, "npz", limits=(0, 255)))) as found:
         np.testing.assert_array_equal(found["images"], images)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from do import claimed, do
+from do import claimed, do, recorded
 from refused import refused
 
 from ncsn import storage
@@ -18,7 +18,8 @@ from ncsn.data.samples import SampleSet
 from ncsn.library.model import ScoreModel
 from ncsn.model.checkpoint import load_checkpoint, weights_digest
 from ncsn.model.generate import guide_of
-from ncsn.runs.folder import RunFolder, opened_from, read_step, update_step
+from ncsn.runs.layout import RunFolder
+from ncsn.runs.record import read_finished, version_of
 from ncsn.steps.address import keep_guide, load, load_guided, resolve
 from ncsn.tracking import registry
 from ncsn.tracking.client import SQLITE
@@ -32,7 +33,7 @@ def trained(config: Config, save_untrained) -> RunFolder:
     checkpoint = Path(folder.checkpoints) / "images-000000008"
     checkpoint.parent.mkdir()
     save_untrained(config, dataset, checkpoint)
-    update_step(folder, "train", state="FINISHED", result={"checkpoint": str(checkpoint)}, finished_at="2026-01-01")
+    recorded(folder, "train", state="FINISHED", result={"checkpoint": str(checkpoint)}, finished_at="2026-01-01")
     _register(config, str(checkpoint), "pets")
     claimed(config, "untrained")
     return folder
@@ -68,7 +69,7 @@ def test_every_address_names_the_same_network(trained: RunFolder, saved: str, tm
         (saved, None, saved),
     ):
         place = resolve(address, key="here", root=trained.root)
-        found, opened = load(place), place.opened()
+        found, opened = load(place), place.as_run()
         assert place.name == name == resolve(place.address, key="here", root=trained.root).name
         assert place.digest == found.digest == expected.digest == weights_digest(found.network)
         assert (found.images_seen, found.dataset_digest) == (expected.images_seen, expected.dataset_digest)
@@ -99,7 +100,7 @@ def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: 
     options = TargetOptions(str(ours))
     target = options.resolve("models:/pets@champion")
     folder = RunFolder(trained.root, target.name)
-    assert opened_from(folder) == "models:/pets/1" and opened_from(trained) == ""
+    assert version_of(folder) == "models:/pets/1" and version_of(trained) == ""
     result = do("sample", target.config, target.name)
     np.testing.assert_array_equal(SampleSet(result.uri, 4).read(0, 4), SampleSet(own.uri, 4).read(0, 4))
     manifest = storage.read_json(f"{result.uri}/manifest.json")
@@ -111,10 +112,10 @@ def test_a_version_is_sampled_and_evaluated_as_a_run_that_nobody_trains(config: 
     assert {path for path, date in after.items() if date != files[path]} <= {Path(folder.begun)}
     measured = do("evaluate", target.config, target.name)
     assert measured.num_images == 4
-    direct = do("evaluate", config, "mine", samples=own.uri, dataset=read_step(folder, "ingest").result["uri"])
+    direct = do("evaluate", config, "mine", samples=own.uri, dataset=read_finished(folder, "ingest").values["uri"])
     assert measured.metrics == pytest.approx(direct.metrics)
     with refused("--run"):
-        do("train", target.config, target.name, dataset=read_step(folder, "ingest").result["uri"])
+        do("train", target.config, target.name, dataset=read_finished(folder, "ingest").values["uri"])
 
 
 def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, saved: str) -> None:
@@ -137,10 +138,10 @@ def test_a_guide_of_any_address_is_kept(config: Config, trained: RunFolder, save
 def test_a_run_is_loaded_with_its_guide(config: Config, trained: RunFolder, save_untrained) -> None:
     auto = "sampling.guidance={kind: autoguidance, checkpoint: 'models:/pets/1', weight: 2}"
     guided = from_yaml(to_yaml(config), overrides=[auto])
-    folder, dataset = claimed(guided, "with-guide"), read_step(trained, "ingest").result["uri"]
+    folder, dataset = claimed(guided, "with-guide"), read_finished(trained, "ingest").values["uri"]
     Path(folder.checkpoints).mkdir()
     save_untrained(guided, dataset, Path(folder.checkpoints) / "images-000000008")
-    update_step(folder, "train", result={"checkpoint": f"{folder.checkpoints}/images-000000008"})
+    recorded(folder, "train", result={"checkpoint": f"{folder.checkpoints}/images-000000008"})
     found = load_guided(resolve("with-guide", key="here", root=trained.root), device="cpu")
     digest = resolve("mine", key="here", root=trained.root).digest
     assert found.guide is not None and weights_digest(found.guide.network) == digest

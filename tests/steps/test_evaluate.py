@@ -18,11 +18,11 @@ from ncsn.data.format import Rows, to_table
 from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.errors import NotFound
-from ncsn.evaluation import with_interval
 from ncsn.evaluation.copies import Copies
 from ncsn.evaluation.frechet import RunningScore
 from ncsn.progress import Progress
 from ncsn.report.words import score_rows
+from ncsn.runs.metrics import with_interval
 from ncsn.steps import evaluate as step
 from ncsn.tracking.client import connect
 from ncsn.tracking.gate import Measurement

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from do import claimed, do
+from do import claimed, do, recorded
 from experiments import digits, tiny
 from PIL import Image
 from refused import refused
@@ -23,9 +23,9 @@ from ncsn.data.sources import open_source
 from ncsn.data.training_images import open_cache
 from ncsn.inspection.listing import describe_run
 from ncsn.model.checkpoint import load_checkpoint
-from ncsn.runs.folder import Run, update_step
+from ncsn.runs.run import Run
 from ncsn.steps import export
-from ncsn.steps.sample import place_of
+from ncsn.steps.sample import samples_of
 from ncsn.tracking.mlflow_runs import StepRun
 
 CLASSES = ("data.num_classes=10", "sampling.batch_size=50")
@@ -47,7 +47,7 @@ def files(folder: str) -> dict[str, bytes]:
 def test_copies_are_left_out_and_the_next_images_take_their_places(tmp_path: Path, save_untrained) -> None:
     claimed(made(tmp_path, save_untrained)[0], "mine")
     config, given = made(tmp_path, save_untrained, "sampling.num_images=6")
-    _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
+    _, uri = samples_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
     train = open_cache(given["dataset"], "train").images
     noise = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     noise[[1, 4]] = train[[3, 5]]
@@ -108,7 +108,9 @@ def test_fill_completes_each_class_to_the_largest(tmp_path: Path, save_untrained
     config, given = made(tmp_path, save_untrained, *CLASSES, "export.fill=true", "data.max_images=60")
     counts = load_manifest(given["dataset"]).class_counts["train"]
     missing = {str(name): max(counts) - count for name, count in enumerate(counts) if count < max(counts)}
-    update_step(claimed(config, "mine"), "train", inputs={"utility": "They help"})  # as of a version
+    folder = claimed(config, "mine")  # as of a version
+    recorded(folder, "train", key={"model": "models:/mine/1"}, result={})
+    recorded(folder, "register", result={"utility": "They help"})
     result = do("export", config, "mine", **given)
     other, _ = made(tmp_path, save_untrained, *CLASSES, "export.fill=true", "data.max_images=60", "sampling.seed=5")
     noisier = from_yaml(to_yaml(other), overrides=["sampling.sampler.steps_per_level=2"])
@@ -180,7 +182,7 @@ def test_an_export_that_was_stopped_once_it_was_published_ends_the_next_time(
 
 def test_a_model_that_copies_gives_no_data_set(tmp_path: Path, save_untrained) -> None:
     config, given = made(tmp_path, save_untrained, "export.num_images=5")
-    _, uri = place_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
+    _, uri = samples_of(config, load_checkpoint(given["checkpoint"]), Run(config, "mine").folder)
     train = open_cache(given["dataset"], "train").images
     write_shard(f"{uri}/shard-{0:09d}-{20:09d}.parquet", np.ascontiguousarray(train[:20]))
     with refused("export"):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from do import do, do_as_task
 from experiments import tiny
 from PIL import Image
@@ -25,7 +24,8 @@ from ncsn.data.format import load_manifest, read_split
 from ncsn.environment import CODE, KFP_RUN_ID, KfpRun
 from ncsn.errors import NotFound, UserError
 from ncsn.kubeflow import finish
-from ncsn.runs.folder import ForeignRun, Outcome, RunFolder, read_step, run_folder, write_outcome
+from ncsn.runs.layout import RunFolder, run_folder
+from ncsn.runs.record import ForeignRun, Outcome, read_attempt, write_outcome
 from ncsn.steps import ingest
 
 
@@ -38,7 +38,7 @@ def config(tmp_path: Path) -> Callable[..., Config]:
 def test_digits_become_a_dataset_once_and_again_if_it_is_gone(config, tmp_path, monkeypatch):
     monkeypatch.setenv(CODE, code := f"{tmp_path}/store/code/{64 * 'a'}.zip")
     first = do("ingest", config(test_fraction=0.3), "one")
-    assert read_step(RunFolder(f"{tmp_path}/store", "one"), "ingest").reads == {"code": code}
+    assert read_attempt(RunFolder(f"{tmp_path}/store", "one"), "ingest").reads == {"code": code}
     assert first.counts == {"train": 1258, "test": 539} and first.created
     assert first.uri == f"{tmp_path}/store/datasets/sklearn_digits/{first.digest}"
     assert load_manifest(first.uri).digest == first.digest
@@ -70,7 +70,7 @@ def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, tmp_path: Path, capfd) -> None:
     experiment = config(source="image_folder", root=str(photos), test_fraction=0.2)
     (experiment_file := tmp_path / "grows.yaml").write_text(to_yaml(experiment))
     first = do("ingest", experiment, "grows")
@@ -81,11 +81,14 @@ def test_a_run_refuses_other_images_before_it_is_touched(config, photos: Path, t
     for number in (0, 2):
         (photos / "a" / f"{number}.png").unlink()
     for command in ("run", "ingest"):
-        done = CliRunner().invoke(app, [command, "--config", str(experiment_file), "--run", "grows"])
-        assert (done.exit_code, done.output.count("\n")) == (2, 2)  # that the images are read, and the refusal
-        assert re.search(r"'grows'.* 1 are new, 2 are gone.* --run digits-[0-9a-f]{8}$", done.output)
+        code = app.main([command, "--config", str(experiment_file), "--run", "grows"], standalone_mode=False)
+        said = capfd.readouterr().err
+        assert code == 2
+        assert re.search(r"'grows'.* 1 are new, 2 are gone.* --run digits-[0-9a-f]{8}$", said, re.MULTILINE)
+    for own in ("log.txt", ".lock"):  # of the command
+        (Path(folder.uri) / own).unlink()
     assert files_of(Path(folder.uri)) == before
-    offered = done.output.split()[-1]
+    (offered,) = set(re.findall(r"--run (digits-[0-9a-f]{8})$", said, re.MULTILINE))
     own = do("ingest", experiment, offered)
     assert own.digest.startswith(offered.removeprefix("digits-")) and own.digest != first.digest
     (photos / "a" / "4.png").rename(photos / "a" / "renamed.png")
@@ -116,7 +119,8 @@ def test_a_folder_that_has_moved_or_is_away_is_that_of_the_run(config, photos: P
     before = files_of(tmp_path / "store" / "runs")
     with refused("data.root", error=NotFound):
         do("ingest", experiment(tmp_path / "nowhere"), "one")
-    assert files_of(tmp_path / "store" / "runs") == before
+    after = files_of(tmp_path / "store" / "runs")
+    assert {path.name for path in after if after[path] != before.get(path)} == {"attempt.json"}
 
 
 def test_the_ingest_task_of_kfp_and_its_end_leave_a_run_of_other_images(config, photos: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from do import do, result_of
+from do import do, recorded, result_of
 from gated import audited
 from refused import refused
 
@@ -19,7 +19,7 @@ from ncsn.errors import NotFound
 from ncsn.model import checkpoint
 from ncsn.model.generate import sampling_facts
 from ncsn.report.images import grid_png
-from ncsn.runs.folder import RunFolder, update_step
+from ncsn.runs.layout import RunFolder
 from ncsn.tracking import registry
 from ncsn.tracking.client import connect
 from ncsn.tracking.promotion import promote_version
@@ -71,7 +71,7 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert (first.model, first.version, first.uri) == ("ncsn-tiny", "1", "models:/ncsn-tiny/1")
     assert (first.promoted, first.aliases) == (True, ["challenger", "champion"])
     assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
-    storage.delete(storage.join(config.storage.root, "runs/one/steps/register/step.json"))
+    storage.delete(storage.join(config.storage.root, "runs/one/steps/register/result.json"))
     assert do("register", config, "one", checkpoint=saved, evaluation=evaluation) == first
     client = connect(config).client
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
@@ -80,12 +80,16 @@ def test_first_version_is_champion_and_a_second_call_changes_nothing(config, sav
     assert "ncsn.utility" not in version.tags
     for said in ("They help", "They harm"):  # classifiers that are asked later
         low = float(said == "They help")
-        told = {"checkpoint_digest": checkpoint.load_checkpoint(saved).digest, "sentence": said, "gain": {"low": low}}
+        told = {
+            "checkpoint_digest": checkpoint.load_checkpoint(saved).digest,
+            "sentence": said,
+            "gain": {"value": 1.0, "low": low, "high": 6.0},
+        }
         result, facts = result_of("utility", **told), sampling_facts(config.sampling, None)
-        update_step(RunFolder(config.storage.root, "one"), "utility", inputs=facts, result=result)
+        recorded(RunFolder(config.storage.root, "one"), "utility", key=facts, result=result)
         assert do("register", config, "one", checkpoint=saved, evaluation=evaluation).utility == said
-    other = {"inputs": facts | {"levels": {}}, "result": result | {"sentence": "By another", "gain": {"low": 5.0}}}
-    update_step(RunFolder(config.storage.root, "one"), "utility", **other)
+    other = result | {"sentence": "By another", "gain": {"value": 5.5, "low": 5.0, "high": 6.0}}
+    recorded(RunFolder(config.storage.root, "one"), "utility", key=facts | {"levels": {}}, result=other)
     assert not do("register", config, "one", checkpoint=saved, evaluation=evaluation).utility
     (version,) = client.search_model_versions("name = 'ncsn-tiny'")
     assert version.tags["ncsn.utility"] == said and "help" not in version.description

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from do import do, result_of
+from do import do, recorded, result_of
 from gated import audited
 
 from ncsn.data.format import Rows, read_split, to_table
 from ncsn.model.objective import objective_of
 from ncsn.report.images import grid_png
-from ncsn.runs.folder import run_folder, update_step
 from ncsn.runs.history import GAP, LOSS, TrainingHistory, loss_names
+from ncsn.runs.layout import run_folder
 from ncsn.tracking.client import connect
 
 RUN = "mine"
@@ -83,7 +83,7 @@ def test_each_result_has_a_section_and_mlflow_has_the_page_which_is_made_again_f
         history.add(dict(zip(names, (5.0, 0.01), strict=True)) | {LOSS: loss, GAP: 0.1}, seen, system={}, when=seen)
     history.publish()
     decision = {"model": "ncsn-tiny", "version": "7", "promoted": False, "aliases": [], "reason": "4 is worse than 3"}
-    update_step(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
+    recorded(folder, "register", result={**decision, "uri": "models:/ncsn-tiny/7"}, finished_at="2026-01-01T00:00")
     again = do("report", config, RUN, evaluation=evaluation)
     text = Path(again.uri).read_text()
     learned = ('<section id="training"', "Undertrained at sigma", "lowest at 4 images")

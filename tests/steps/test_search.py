@@ -26,8 +26,8 @@ from components.tasks import search as component
 from ncsn import storage
 from ncsn.config import Config, from_yaml, to_json, to_yaml
 from ncsn.distributed.trials import Rung, Scored, SearchPlan, TrialRecord
+from ncsn.runs.results import SearchResult
 from ncsn.steps import search
-from ncsn.steps.results import SearchResult
 from ncsn.tracking.client import connect
 
 

@@ -19,10 +19,10 @@ from ncsn.errors import NotFound
 from ncsn.evaluation.frechet import FrechetStatistics
 from ncsn.evaluation.reference import Evaluator, Reference
 from ncsn.model.checkpoint import CheckpointStore, load_checkpoint
-from ncsn.runs.folder import RunFolder, run_folder
+from ncsn.runs.layout import RunFolder, run_folder
+from ncsn.runs.results import SelectResult
 from ncsn.steps import select
 from ncsn.steps.register import selection_of
-from ncsn.steps.results import SelectResult
 from ncsn.steps.select import Weights, find_weights
 from ncsn.training.context import WorkerContext
 from ncsn.training.loop import TrainingJob, train_loop
@@ -81,7 +81,7 @@ def test_the_best_of_a_run_is_chosen_on_a_cluster_kept_and_logged(config, datase
     # The copies that were kept are no new candidates, and known scores are not measured again.
     monkeypatch.setattr(select, "sample_features", lambda *_, **__: iter(()))
     assert do("select", config, "mine", dataset=dataset) == result
-    storage.delete(trained.step("select", "step.json"))
+    storage.delete(trained.step("select", "result.json"))
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"num_workers": 1})})
     assert do("select", alone, "mine", dataset=dataset).candidates == result.candidates
 

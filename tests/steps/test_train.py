@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from do import do
+from do import do, recorded
 from refused import refused
 from workers import assert_same_tensors, train_locally
 
@@ -15,8 +15,10 @@ from ncsn.config import Config, changed_settings, from_yaml, to_yaml
 from ncsn.distributed.cluster import ray_cluster
 from ncsn.errors import UserError
 from ncsn.report.words import next_step
-from ncsn.runs.folder import ForeignRun, RunFolder, read_step, run_folder, state_to_continue, update_step
 from ncsn.runs.history import load_history
+from ncsn.runs.layout import RunFolder, run_folder
+from ncsn.runs.record import ForeignRun, read_attempt, read_finished
+from ncsn.runs.run import state_to_continue
 from ncsn.steps import train
 from ncsn.storage.heartbeat import Lease, LeaseExpired
 from ncsn.tracking.client import connect
@@ -50,7 +52,7 @@ def test_a_run_ends_with_what_it_has_and_goes_on_to_any_length(config, root, mon
     monkeypatch.setattr(train.distributed, "train", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         do("train", longer, "long", dataset=dataset)
-    assert not read_step(folder, "train").result, "this checkpoint may be deleted by now"
+    assert not read_finished(folder, "train"), "this checkpoint may be deleted by now"
     monkeypatch.undo()
     whole = do("train", longer, "long", dataset=dataset)
     assert whole.images_seen == 24 and do("train", config, "long", dataset=dataset) == whole
@@ -66,7 +68,7 @@ def test_a_schedule_with_an_end_belongs_to_its_length(config, tmp_path, decay, o
     short = of_length(config, 8, f"storage.root={tmp_path}", f"optimizer.decay={decay}")
     assert [*changed_settings(short, of_length(short, 16))] == (["train.num_images"] if decay == "cosine" else [])
     folder = RunFolder(str(tmp_path), "mine")
-    update_step(folder, "train", result={"images_seen": 8})
+    recorded(folder, "train", result={"images_seen": 8})
     command = next_step("far", short, folder)[0].split()
     assert command[-2:] == ["--set", option] and (folder.config if decay == "cosine" else "mine") in command
     own = "--run" in next_step("copied", short, folder)[0]
@@ -106,7 +108,7 @@ def test_a_run_continues_another_from_where_its_decay_began(config) -> None:
     assert_same_tensors(again.checkpoint, whole.checkpoint)
     seen = load_history(second.history).images_seen
     assert seen[:4] == load_history(first.history).images_seen[:4] and len(seen) == len(set(seen)) == 40
-    tracked = connect(config).client.get_run(read_step(second, "train").mlflow["run_id"])
+    tracked = connect(config).client.get_run(read_attempt(second, "train").mlflow["run_id"])
     assert tracked.data.tags["ncsn.continue_from"] == first.uri
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from ncsn.config.schema import UtilityConfig
 from ncsn.data.format import load_manifest
 from ncsn.data.samples import SampleSet
 from ncsn.data.training_images import open_cache
-from ncsn.evaluation import learner
+from ncsn.evaluation import utility_training
 from ncsn.evaluation.features import here
-from ncsn.evaluation.learner import Lesson, Part
+from ncsn.evaluation.utility import Comparison
+from ncsn.evaluation.utility_training import ClassifierJob, Portion
 from ncsn.model.checkpoint import load_checkpoint
 from ncsn.progress import Progress, read_progress
 from ncsn.steps import utility
 from ncsn.steps.export import uncopied
-from ncsn.steps.utility import Asked, ask
+from ncsn.steps.utility import Answers, train_arms
 
 OF_CLASS = 6  # training images
 Rows = NDArray[np.int64]
@@ -41,17 +42,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Asked]:
+def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answers]:
     """Classifiers of six digits of each class and all of these images by class, of the arms that are compared."""
     folder, tests, arms = tmp_path_factory.mktemp("answers"), open_cache(dataset, "test").labels, utility._arms
     others = (utility.REAL, utility.GENERATED)
 
-    def train(images: NDArray[np.uint8]) -> Asked:
+    def train(images: NDArray[np.uint8]) -> Answers:
         count = images.shape[1]
         for stored in (folder / "answers").glob("*-[0-9].npy"):
             if stored.name.startswith("ratio"):  # the others are the same each time
                 stored.unlink()
-        lesson = Lesson(dataset, [count] * 10, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
+        job = ClassifierJob(dataset, [count] * 10, 32, 10, False, "test", np.arange(len(tests)), f"{folder}/answers")
         labels = np.array(open_cache(dataset, "train").labels)
         labels[np.setdiff1d(np.arange(len(labels)), rows_of(dataset).flatten())] = -1
         wish = UtilityConfig(ratios=(count / OF_CLASS,), updates=100)
@@ -59,7 +60,7 @@ def asked(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             patch.setattr(utility, "RATES", (2.5e-3,))
             patch.setattr(utility, "_arms", lambda *given: [arm for arm in arms(*given) if arm.name not in others])
             made = np.concatenate([*images])
-            return ask(lesson, labels, wish, made=made, runner=here, progress=Progress())
+            return train_arms(job, labels, wish, made=made, runner=here, progress=Progress())
 
     return train
 
@@ -70,34 +71,34 @@ def rows_of(dataset: str, first: int = 0, count: int = OF_CLASS) -> Rows:
     return np.stack([np.flatnonzero(labels == label)[first : first + count] for label in range(10)])
 
 
-def compared(found: Asked, dataset: str) -> dict[str, Any]:
+def compared(found: Answers, dataset: str) -> Comparison:
     return found.compared(np.asarray(open_cache(dataset, "test").labels), num_classes=10)
 
 
 def test_unseen_real_images_help(asked, dataset: str) -> None:
     found = asked(open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS, 9 * OF_CLASS)])
     gain = compared(found, dataset)
-    assert (gain["grade"], gain["chosen"]) == ("helps", ["ratio-9"])
+    assert (gain.grade, gain.chosen) == ("helps", ["ratio-9"])
 
 
 def test_images_of_other_classes_harm(asked, dataset: str) -> None:
     images = open_cache(dataset, "train").images[rows_of(dataset, OF_CLASS)].reshape(10 * OF_CLASS, 8, 8, 1)
     shuffled = images[np.random.default_rng(0).permutation(len(images))].reshape(10, OF_CLASS, 8, 8, 1)
     gain = compared(asked(shuffled), dataset)
-    assert gain["grade"] == "harms"
+    assert gain.grade == "harms"
 
 
 @pytest.mark.slow
 def test_noise_does_not_help(asked, dataset: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (10, OF_CLASS, 8, 8, 1), dtype=np.uint8)
     gain = compared(asked(noise), dataset)
-    assert gain["grade"] != "helps"
+    assert gain.grade != "helps"
 
 
 @pytest.mark.slow
 def test_copies_make_no_difference(asked, dataset: str) -> None:
     gain = compared(asked(open_cache(dataset, "train").images[rows_of(dataset)]), dataset)
-    assert gain["grade"] == "same" and abs(gain["gain"]["value"]) < 2
+    assert gain.grade == "same" and abs(gain.gain.value) < 2
 
 
 CLASSES = (
@@ -133,7 +134,7 @@ def test_classifiers_read_no_generated_images_and_tell_their_updates(
         by_classifiers[0] += reads[0] - before
 
     monkeypatch.setattr(SampleSet, "read", counted)
-    monkeypatch.setattr(learner, "_TOLD_SECONDS", -1.0)
+    monkeypatch.setattr(utility_training, "_TOLD_SECONDS", -1.0)
     monkeypatch.setattr(utility, "runner_of", lambda _: runner)
     config, given = made(tmp_path, save_untrained, *CLASSES)
     folder = claimed(config, "mine")
@@ -148,20 +149,20 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
     config, given = made(tmp_path, save_untrained, *CLASSES)
     folder = claimed(config, "mine")
     result = do("utility", config, "mine", **given)
-    manifest, rows = load_manifest(given["dataset"]), {arm["name"]: arm for arm in result.arms}
+    manifest, rows = load_manifest(given["dataset"]), {arm.name: arm for arm in result.arms}
     real = manifest.count("train")
     wanted = sum(-(-count // 2) for count in manifest.class_counts["train"])
-    assert {name: (arm["real"], arm["generated"]) for name, arm in rows.items()} == {
+    assert {name: (arm.real, arm.generated) for name, arm in rows.items()} == {
         "real": (real, 0),
         "augmented": (real, 0),
         "generated": (0, wanted),
         "ratio-0.5": (real, wanted),
     }
-    assert result.gain["low"] < result.gain["value"] < result.gain["high"] and result.grade != "helps"
-    assert all(len(arm["recalls"]) == 10 for arm in result.arms) and len(result.classes) == 10
+    assert result.gain.low < result.gain.value < result.gain.high and result.grade != "helps"
+    assert all(len(arm.recalls) == 10 for arm in result.arms) and len(result.classes) == 10
     assert {trial["updates"] for trial in result.trials} == {1, 2, 4, 8} and result.updates in (1, 2, 4, 8)
     assert storage.read_bytes(result.plot).startswith(b"\x89PNG") and result.sentence
-    assert storage.read_json(result.uri)["gain"] == result.gain
+    assert storage.read_json(result.uri)["gain"] == asdict(result.gain)
     assert any("utility.updates = 8" in note for note in result.notes) == (result.updates == 8)
     answers = {path: path.stat().st_mtime_ns for path in Path(folder.utility).glob("*/answers/*.npy")}
     assert len(answers) == len(utility.RATES) * utility.TRIED + 4 * 5
@@ -171,7 +172,9 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, save_untrained, mo
     inputs = {name: dsl.Artifact(metadata={"uri": uri}) for name, uri in given.items()}
     component.python_func(to_json(config), "mine", **inputs, **artifacts, task_config=dsl.TaskConfig())
     assert artifacts["comparison"].metadata["uri"] == result.uri
-    assert artifacts["metrics"].metadata == {f"utility/gain_{name}": value for name, value in result.gain.items()}
+    assert artifacts["metrics"].metadata == {
+        f"utility/gain_{name}": value for name, value in asdict(result.gain).items()
+    }
     assert (tmp_path / "pictures").read_text().count("data:image/png;base64,") == 1
     lost = [path for path in answers if path.name in ("ratio-0.5-3.npy", "real-0.npy")]
     before = [path.read_bytes() for path in lost]
@@ -206,21 +209,23 @@ def test_a_model_that_copies_adds_what_else_it_makes(tmp_path: Path, save_untrai
     config, given = made(tmp_path, save_untrained, *CLASSES)
     claimed(config, "mine")
     result = do("utility", config, "mine", **given)
-    added = {arm["name"]: arm["generated"] for arm in result.arms if arm["generated"]}
+    added = {arm.name: arm.generated for arm in result.arms if arm.generated}
     assert added == ({"generated": 30, "ratio-0.5": 30} if left else {})
-    assert (result.grade == "copies") == (result.gain["low"] == -100) == (not left)
-    wanted = sum(-(-row["train"] // 2) for row in result.classes)
+    assert (result.grade == "copies") == (result.gain.low == -100) == (not left)
+    wanted = sum(-(-row.train // 2) for row in result.classes)
     assert (f" {wanted - 30} of {wanted} " in result.sentence) == bool(left)
 
 
 def test_arms_show_what_they_share_in_the_same_order(dataset: str) -> None:
-    real, made = Part("train", np.arange(50), draw=0), Part("generated", np.arange(20), draw=1)
-    lesson = Lesson(dataset, [20], 10, 10, False, "test", np.arange(1), "", parts=[real], seed=3)
-    alone = np.concatenate([*itertools.islice(learner._order(lesson, num_train=50), 5)])
-    mixed = np.concatenate([*itertools.islice(learner._order(replace(lesson, parts=[real, made]), num_train=50), 7)])
+    real, made = Portion("train", np.arange(50), draw=0), Portion("generated", np.arange(20), draw=1)
+    job = ClassifierJob(dataset, [20], 10, 10, False, "test", np.arange(1), "", parts=[real], seed=3)
+    alone = np.concatenate([*itertools.islice(utility_training._order(job, num_train=50), 5)])
+    mixed = np.concatenate(
+        [*itertools.islice(utility_training._order(replace(job, parts=[real, made]), num_train=50), 7)]
+    )
     assert sorted(alone) == [*range(50)] and sorted(mixed) == [*range(70)]
     np.testing.assert_array_equal(mixed[mixed < 50], alone)
-    assert not np.array_equal(alone, next(learner._order(replace(lesson, seed=4, batch_size=50), num_train=50)))
+    assert not np.array_equal(alone, next(utility_training._order(replace(job, seed=4, batch_size=50), num_train=50)))
 
 
 @pytest.mark.parametrize(

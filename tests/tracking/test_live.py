@@ -11,8 +11,8 @@ from experiments import digits
 from live_worker import DEAD, RATE, Worker, assert_once, history, killed, pictures
 from workers import train_locally
 
+from ncsn.clock import now_ms
 from ncsn.config import to_yaml
-from ncsn.environment import now_ms
 from ncsn.progress import Progress
 from ncsn.runs.history import load_history
 from ncsn.tracking import live, mlflow_runs

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from ncsn.environment import now_ms
+from ncsn.clock import now_ms
 from ncsn.report.images import grid_png
 from ncsn.runs.history import RATE
 from ncsn.tracking import client

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from do import recorded
 from mlflow.tracking import MlflowClient
 from refused import refused
 
 from ncsn.config import flatten, from_yaml
-from ncsn.runs.folder import read_step, update_step
+from ncsn.runs.record import read_attempt
 from ncsn.tracking.client import TrackingError, connect, tracking_uri
 from ncsn.tracking.mlflow_runs import provenance, step_run
 
@@ -47,7 +48,7 @@ def test_retried_step_goes_on_in_its_run_below_the_parent_and_says_how_it_ended(
         raise error
     ids = (first.run_id, first.parent_run_id)
     assert [first.client.get_run(run_id).info.status for run_id in ids] == [status, status]
-    assert read_step(first.folder, "train").mlflow == {"run_id": ids[0], "parent_run_id": ids[1]}
+    assert read_attempt(first.folder, "train").mlflow == {"run_id": ids[0], "parent_run_id": ids[1]}
     with step_run(config, run=f"retry-{status}", step="train") as second:
         assert second.client.get_run(second.run_id).info.status == "RUNNING"
     with step_run(config, run=f"retry-{status}", step="sample") as sample:
@@ -62,12 +63,13 @@ def test_retried_step_goes_on_in_its_run_below_the_parent_and_says_how_it_ended(
 
 def test_settings_that_a_step_uses_and_the_store_are_another_run_and_others_are_not(make_config, root, tmp_path):
     elsewhere, runs = make_config(f"storage.root={tmp_path}", f"tracking.uri=sqlite:///{root}/mlflow.db"), []
-    for override in ("seed=0", "noise.num_levels=9", "compute.num_workers=2", "sampling.seed=5"):
+    unused = ("compute.num_workers=2", "sampling.seed=5", "export.fill=true", "select.seed=5")
+    for override in ("seed=0", "noise.num_levels=9", *unused):
         with step_run(make_config(override), run="settings", step="train") as tracked:
             runs.append(tracked)
     usual, more, *same = runs
     assert more.run_id != usual.run_id
-    assert [tracked.run_id for tracked in same] == [usual.run_id] * 2
+    assert [tracked.run_id for tracked in same] == [usual.run_id] * 4
     assert {tracked.parent_run_id for tracked in runs} == {usual.parent_run_id}
     params = [usual.client.get_run(run_id).data.params for run_id in (more.run_id, usual.run_id)]
     assert [each["noise.num_levels"] for each in params] == ["9", "2"]
@@ -80,9 +82,9 @@ def test_costs_of_the_step_and_of_the_run_are_tags(make_config):
     config = make_config("compute.num_workers=2", "compute.cpus_per_worker=3")
     for step, seconds in (("ingest", 100.0), ("train", 36.0)):
         with step_run(config, run="costs", step=step) as tracked:
-            update_step(tracked.folder, step, seconds=seconds)
+            recorded(tracked.folder, step, seconds=seconds)
     own, whole = (tracked.client.get_run(run_id).data for run_id in (tracked.run_id, tracked.parent_run_id))
-    first, second = (read_step(tracked.folder, step).seconds for step in ("ingest", "train"))
+    first, second = (read_attempt(tracked.folder, step).seconds for step in ("ingest", "train"))
     assert first >= 100 and second >= 36, "with those of the block"
     found = [float(run.tags[f"cost.{name}"]) for run in (own, whole) for name in ("seconds", "cpu_hours", "gpu_hours")]
     hours = 6 * second / 3600

@@ -206,7 +206,7 @@ def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataC
     named: dict[str | None, list[_Found]] = {}
     places: dict[str, dict[str | None, str]] = {}
     for path, one in found.items():
-        place, split = place_of(path)
+        place, split = split_of(path)
         named.setdefault(split, []).append(one)
         places.setdefault(place, {})[split] = one.file.uri
     if len(named) == 1:
@@ -231,7 +231,7 @@ def _splits(found: Mapping[str, _Found], class_names: Sequence[str], data: DataC
     return {"train": images(named["train"]), "test": images(named.get("test") or named["validation"])}
 
 
-def place_of(path: str) -> tuple[str, str | None]:
+def split_of(path: str) -> tuple[str, str | None]:
     """The folder that holds the split, and the split, by a word in the file's name, else in the nearest folder's."""
     parts = path.removesuffix(SUFFIX).split("/")
     for depth in reversed(range(len(parts))):

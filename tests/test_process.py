@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count() > 1000))
-from ncsn.environment import reduce_gc
+from ncsn.process import reduce_gc
 reduce_gc()
 print(gc.get_threshold()[0], gc.isenabled())
 import ncsn.distributed, torch

@@ -26,7 +26,7 @@ Format = Literal["grid", "png", "npz"]
 MEDIA: dict[Format, str] = {"grid": "image/png", "png": "image/png", "npz": "application/octet-stream"}
 
 
-class Asked(BaseModel):
+class ImageRequest(BaseModel):
     """A request whose types and ranges are checked; whether the model can follow it, `settings` says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -43,26 +43,26 @@ class Asked(BaseModel):
         return self.number or images_of(self.label) or (1 if self.format == "png" else 16)
 
 
-def read(body: bytes) -> Asked:
+def read(body: bytes) -> ImageRequest:
     """The request in a JSON object of number, seed, class, sampler, guidance and format, none of which is required."""
     try:
-        asked = Asked.model_validate_json(body or b"{}")
+        request = ImageRequest.model_validate_json(body or b"{}")
     except ValidationError as error:
         found = {"".join(map(str, each["loc"][:1])): each["msg"] for each in error.errors()}
         raise UserError.of([Problem(key, message[0].lower() + message[1:]) for key, message in found.items()]) from None
-    if asked.count > MOST_IMAGES:
-        raise UserError("class", f"asks for more than {MOST_IMAGES} images", value=asked.count)
-    if isinstance(asked.label, dict) and asked.count > sum(asked.label.values()):
-        raise UserError("number", "is more than the images of class", value=asked.count)
-    if asked.format == "png" and asked.count != 1:
-        raise UserError("format", "png is of one image", hint="use grid or npz", value=asked.format)
-    return asked
+    if request.count > MOST_IMAGES:
+        raise UserError("class", f"asks for more than {MOST_IMAGES} images", value=request.count)
+    if isinstance(request.label, dict) and request.count > sum(request.label.values()):
+        raise UserError("number", "is more than the images of class", value=request.count)
+    if request.format == "png" and request.count != 1:
+        raise UserError("format", "png is of one image", hint="use grid or npz", value=request.format)
+    return request
 
 
-def settings(trained: TrainedNetwork, asked: Asked) -> SamplingConfig:
+def settings(trained: TrainedNetwork, request: ImageRequest) -> SamplingConfig:
     """The settings of sampling that the request means for a model; `UserError` if it cannot follow them."""
     try:
-        found = Wish(asked.label, asked.guidance, asked.sampler, asked.seed).sampling(trained)
+        found = Wish(request.label, request.guidance, request.sampler, request.seed).sampling(trained)
     except UserError as error:
         raise error.reworded({"label": "class"}) from None
     return found

@@ -1,73 +1,47 @@
-"""What the module of a step and `execute` exchange, and what each step results in.
+"""What each step results in: plain values, as they stand in the store, and a line for people.
 
-A step's `prepare` returns a `Prepared`, whose work gets a `Context` and returns the result: plain values, as they stand
-in its record, and a line for people. Without torch, which launchers may lack.
+The class of a result knows its step, so `read_result(folder, TrainResult)` of `ncsn.runs.record` is all that a reader
+of the store needs. Without torch, which launchers may lack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Self
 
-from ncsn.config import Config
-from ncsn.progress import PublishedProgress
-from ncsn.report.words import DIGEST_SHOWN, GRADES, UTILITY, read_metrics, shown_gain, shown_reading
-from ncsn.runs.folder import RunFolder, read_step
+from pydantic import TypeAdapter
 
-if TYPE_CHECKING:
-    from ncsn.tracking.mlflow_runs import StepRun
+from ncsn.runs.metrics import GRADES, UTILITY, Estimate, read_metrics, shown_reading
 
-R = TypeVar("R")
-Key = Mapping[str, Any] | None  # what decides a result; None where only the driver of the step knows
+DIGEST_SHOWN = 12
 
 
 @dataclass(frozen=True)
-class Context:
-    """What the work of a step is given."""
+class Result:
+    """The result of a step, as `step` names it. Its text is a line for people."""
 
-    folder: RunFolder
-    progress: PublishedProgress  # ends the work when the launcher of the lease is gone
-    tracked: StepRun  # the MLflow run of the step
-    lease: str | None  # URI of the launcher's heartbeat
-    last_lines: str  # URI for what the workers wrote last, if the step fails
+    step: ClassVar[str]
 
+    @property
+    def headline(self) -> str:
+        """What a person wants to know first of the run, a sentence; empty for most steps."""
+        return ""
 
-@dataclass(frozen=True)
-class Prepared(Generic[R]):
-    """A step whose inputs are settled."""
+    @classmethod
+    def of(cls, values: Any) -> Self:
+        """The result from its plain values; `pydantic.ValidationError` for those of another version of this program."""
+        return TypeAdapter(cls).validate_python(values)
 
-    config: Config
-    key: Mapping[str, Any]  # plain values that decide the result
-    work: Callable[[Context], R]
-    needs: Callable[[R], list[str]] = lambda _: []  # URIs of files without which a result is of no use
-    holds: Callable[[R], bool] = lambda _: True  # whether what a result names elsewhere is still there
-
-
-def stored_result(folder: RunFolder, step: str, key: Key) -> Any:
-    """The stored result of a step, if it is of this key; None else."""
-    record = read_step(folder, step)
-    ours = record.state == "FINISHED" if key is None else record.inputs == key
-    return result_type(step)(**record.result) if record.result and ours else None
-
-
-def result_type(step: str) -> Callable[..., Any]:
-    """The dataclass of a step's result."""
-    found: Callable[..., Any] = globals()[f"{step.capitalize()}Result"]
-    return found
-
-
-def result_line(step: str, values: Mapping[str, Any]) -> str:
-    """A stored result in one line, for people."""
-    try:
-        return str(result_type(step)(**values))
-    except TypeError:
-        return "a result of another version of this program"
+    def plain(self) -> dict[str, Any]:
+        """Its values as JSON has them."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class IngestResult:
+class IngestResult(Result):
     """The dataset."""
+
+    step = "ingest"
 
     uri: str  # its folder in the store
     digest: str  # of its content
@@ -85,8 +59,10 @@ class IngestResult:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Result):
     """What a search found."""
+
+    step = "search"
 
     uri: str  # folder of the search
     config: str  # URI of the YAML with the best settings, complete, for `ncsn run` and `ncsn train`
@@ -107,8 +83,10 @@ class SearchResult:
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainResult(Result):
     """The result of training."""
+
+    step = "train"
 
     checkpoint: str  # URI of the last one
     images_seen: int  # by all workers
@@ -124,8 +102,10 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class SampleResult:
+class SampleResult(Result):
     """One set of samples."""
+
+    step = "sample"
 
     uri: str  # folder of the Parquet shards and their manifest
     grid: str  # URI of a PNG with the first images
@@ -142,12 +122,14 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
+class EvaluateResult(Result):
     """Metrics of one set of samples."""
+
+    step = "evaluate"
 
     uri: str  # JSON file with everything below
     verdict: str  # a line for people: how many images, how near they are to real ones
-    grade: str  # the same as a key of `ncsn.report.words.GRADES`
+    grade: str  # the same as a key of `GRADES`
     metrics: dict[str, float]  # `eval/<metric>_n<num_images>` of the samples
     real_metrics: dict[str, float]  # `eval/real_<metric>_n<images>`: what a perfect model would reach
     fingerprint: str  # of extractor, weights and reference images; metrics of different ones do not compare
@@ -164,23 +146,52 @@ class EvaluateResult:
     neighbors: str  # URI of a PNG of the samples that are nearest to a training image, with these
     confusion: str | None  # URI of a PNG of the matrix
 
+    @property
+    def headline(self) -> str:
+        return self.verdict
+
     def __str__(self) -> str:
         return f"{GRADES[self.grade].partition(':')[0]}; Fréchet {shown_reading('fid', read_metrics(self.metrics))}"
 
 
 @dataclass(frozen=True)
-class UtilityResult:
-    """Whether generated images help to train a classifier. Figures are in percent, with `value`, `low` and `high`."""
+class Arm:
+    """Images that classifiers of one kind were trained on, and how good these are, in percent."""
+
+    name: str
+    real: int  # images of each pass
+    generated: int
+    balanced_accuracy: Estimate
+    accuracy: Estimate
+    macro_f1: Estimate
+    recalls: list[Estimate]  # of each class
+
+
+@dataclass(frozen=True)
+class ClassGain:
+    """What generated images change in the recall of a class, in percent."""
+
+    name: str
+    train: int  # images
+    test: int
+    gain: Estimate
+
+
+@dataclass(frozen=True)
+class UtilityResult(Result):
+    """Whether generated images help to train a classifier."""
+
+    step = "utility"
 
     uri: str  # JSON file with everything below
     plot: str  # URI of a PNG file
     sentence: str  # for people
     grade: str  # helps, harms or same
-    gain: dict[str, float]  # in balanced accuracy, of real and generated images over real ones, both with augmentation
+    gain: Estimate  # in balanced accuracy, in percent, of real and generated images over real ones, both augmented
     chosen: list[str]  # the arms that were judged, the most often chosen first
     named: list[str]  # classes with a gain that is surely not zero, the largest first
-    classes: list[dict[str, Any]]  # `name`, `train` and `test` images, and `gain`
-    arms: list[dict[str, Any]]  # `name`, `real` and `generated` images, and the figures of `evaluation.utility.Figures`
+    classes: list[ClassGain]
+    arms: list[Arm]
     seeds: int  # classifiers of each arm
     updates: int  # of each classifier
     rate: float
@@ -190,13 +201,19 @@ class UtilityResult:
     copies: int  # of these, which were left out
     notes: list[str]  # for people
 
+    @property
+    def headline(self) -> str:
+        return self.sentence
+
     def __str__(self) -> str:
-        return f"{shown_gain(self.gain)} points of balanced accuracy: generated images {UTILITY[self.grade]}"
+        return f"{self.gain.signed} points of balanced accuracy: generated images {UTILITY[self.grade]}"
 
 
 @dataclass(frozen=True)
-class RegisterResult:
+class RegisterResult(Result):
     """A version in the registry."""
+
+    step = "register"
 
     model: str
     version: str
@@ -206,14 +223,20 @@ class RegisterResult:
     uri: str  # models:/<model>/<version>
     utility: str  # what classifiers say of its images; empty if none was asked
 
+    @property
+    def headline(self) -> str:
+        return f"The gate: {self.reason}"
+
     def __str__(self) -> str:
         aliases = ", ".join(self.aliases) or "no alias"
         return f"{self.model} version {self.version} ({aliases})"
 
 
 @dataclass(frozen=True)
-class ReportResult:
+class ReportResult(Result):
     """The HTML file of a report, and its bytes."""
+
+    step = "report"
 
     uri: str
     size: int
@@ -223,8 +246,10 @@ class ReportResult:
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Result):
     """A data set of generated images."""
+
+    step = "export"
 
     uri: str  # its folder
     card: str  # URI of its page, Markdown
@@ -240,8 +265,10 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class SelectResult:
+class SelectResult(Result):
     """The choice among the checkpoints of a run."""
+
+    step = "select"
 
     uri: str  # JSON file with all candidates
     plot: str  # URI of a PNG file
